@@ -1,0 +1,25 @@
+"""Loaders for real data sets."""
+
+from elasticzo.data.download import DownloadError, download_fashion_mnist, download_mnist
+from elasticzo.data.idx import read_idx
+from elasticzo.data.images import (
+    IMAGE_SETS,
+    ImageData,
+    load_digits,
+    load_fashion_mnist,
+    load_images,
+    load_mnist,
+)
+
+__all__ = [
+    "IMAGE_SETS",
+    "DownloadError",
+    "ImageData",
+    "download_fashion_mnist",
+    "download_mnist",
+    "load_digits",
+    "load_fashion_mnist",
+    "load_images",
+    "load_mnist",
+    "read_idx",
+]

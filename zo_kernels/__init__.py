@@ -1,0 +1,20 @@
+"""Kernels for zeroth-order training: seeded noise, perturbed weights, the in-place update.
+
+Every op exists as a Triton kernel (CUDA), a plain torch reference (anywhere) and, where it pays,
+a fast CPU twin (numba). `backend=` forces one; `resolve_backend` says which one would run.
+"""
+
+from zo_kernels._lib import BACKENDS, resolve_backend
+from zo_kernels.perturb import perturb_
+from zo_kernels.perturbed_weights import perturbed_weights
+from zo_kernels.sample import sample
+from zo_kernels.update import update_
+
+__all__ = [
+    "BACKENDS",
+    "perturb_",
+    "perturbed_weights",
+    "resolve_backend",
+    "sample",
+    "update_",
+]
