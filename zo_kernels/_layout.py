@@ -1,7 +1,7 @@
 """Where an element of a tensor stands in the noise: its row and column, for any strides.
 
-0-d and 1-d tensors are one row; else rows = shape[0] and the columns run with dimension 1 innermost,
-`w.permute(0, 2, ..., 1).reshape(rows, -1)`, whatever the memory format.
+0-d and 1-d tensors are one row; else rows = shape[0] and the columns run with dimension 1
+innermost, `w.permute(0, 2, ..., 1).reshape(rows, -1)`, whatever the memory format.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -48,9 +49,11 @@ def to_shape(z: Tensor, shape: Sequence[int]) -> Tensor:
 
 @dataclass(frozen=True)
 class Layout:
-    """Element (row, col) lies at `row * s_row + (col // inner) * s_outer + (col % inner) * s_inner`.
+    """Where element (row, col) lies: at `row * s_row + (col // inner) * s_outer + (col % inner) *
+    s_inner`.
 
     `inner` is the extent of dimension 1 (input channels); the dimensions behind it act as one.
+    Dimensions of extent 1 take no part, whatever their strides: `s_inner` is 1, the others are 0.
     """
 
     rows: int
@@ -94,17 +97,17 @@ def _layout(shape: tuple[int, ...], strides: tuple[int, ...]) -> Layout | None:
     if len(shape) == 0:
         return Layout(1, 1, 1, 1, 1, 1)
     if len(shape) == 1:
-        return Layout(1, cols, max(cols, 1), 0, 0, strides[0])
+        return Layout(1, cols, max(cols, 1), 0, 0, strides[0] if cols > 1 else 1)
     inner = int(shape[1])
     s_outer = 0
-    # Dimensions of extent 1 have arbitrary strides: they take no part.
     tail = [(int(n), s) for n, s in zip(shape[2:], strides[2:], strict=True) if n != 1]
     if tail:
         s_outer = tail[-1][1]
-        for (_, s), (n_next, s_next) in zip(tail[:-1], tail[1:], strict=True):
+        for (_, s), (n_next, s_next) in pairwise(tail):
             if s != n_next * s_next:
                 return None
-    return Layout(rows, cols, max(inner, 1), strides[0], s_outer, strides[1])
+    s_row = strides[0] if rows > 1 else 0
+    return Layout(rows, cols, max(inner, 1), s_row, s_outer, strides[1] if inner > 1 else 1)
 
 
 __all__ = [

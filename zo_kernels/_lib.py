@@ -1,4 +1,5 @@
 """What all ops share on the host: registration, checks of arguments, the choice of a backend."""
+# mypy: disable-error-code="no-untyped-call"
 
 from __future__ import annotations
 
@@ -84,8 +85,12 @@ def check_tensor(
     shape: Sequence[int] | None = None,
     dtype: Sequence[torch.dtype] | None = None,
     device: torch.device | None = None,
+    vector: bool = False,
 ) -> None:
-    """Raise `TypeError` or `ValueError` that says what `name` must be and what came."""
+    """Raise `TypeError` or `ValueError` that says what `name` must be and what came.
+
+    `vector`: it must be one-dimensional without gaps, as kernels read it through a bare pointer.
+    """
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
     if shape is not None and tuple(t.shape) != tuple(shape):
@@ -95,10 +100,15 @@ def check_tensor(
         raise TypeError(f"{name} must be {wanted}, got {t.dtype}")
     if device is not None and t.device != device:
         raise ValueError(f"{name} must be on {device}, got {t.device}")
+    if vector and (t.ndim != 1 or not t.is_contiguous()):
+        raise ValueError(
+            f"{name} must be one-dimensional and contiguous, got shape {list(t.shape)} "
+            f"with strides {list(t.stride())}"
+        )
 
 
 def check_key(key: Any, device: torch.device | None = None) -> None:
-    check_tensor("key", key, shape=[2], dtype=[torch.int64], device=device)
+    check_tensor("key", key, shape=[2], dtype=[torch.int64], device=device, vector=True)
 
 
 def check_indices(tensor: int, query: int = 0) -> None:
@@ -114,10 +124,15 @@ def check_noise(noise: str, known: Sequence[str] = NOISES) -> None:
 
 
 def check_in_place(name: str, w: Tensor) -> None:
-    """In-place ops bypass autograd: refuse where that would go unnoticed."""
+    """In-place ops bypass autograd and torch's own checks: refuse what they would refuse."""
     if torch.is_grad_enabled() and w.requires_grad:
         raise RuntimeError(
             f"{name} is changed in place and requires grad: call under torch.no_grad()"
+        )
+    if any(s == 0 and n > 1 for n, s in zip(w.shape, w.stride(), strict=True)):
+        raise ValueError(
+            f"{name} is changed in place and must not be expanded, got shape {list(w.shape)} "
+            f"with strides {list(w.stride())}"
         )
 
 

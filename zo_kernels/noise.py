@@ -1,12 +1,12 @@
 """The noise definition on the device: what every kernel that needs `z` calls.
 
 `z` is a pure function of (seed, step, query, tensor, row, column): key = seed, counter words
-c0 = element group, c1 = tensor, c2 = step, c3 = query + 2^24 * purpose, all uint32 (an int64 counter
-would silently select another generator, Philox4x64). A group lies inside one row and serves 4 columns
-(normal), 128 (rademacher) or 8 (sparse int8). Twin: `zo_kernels.reference.noise`.
+c0 = element group, c1 = tensor, c2 = step, c3 = query + 2^24 * purpose, all uint32 (an int64
+counter would silently select another generator, Philox4x64). A group lies inside one row and serves
+4 columns (normal), 128 (rademacher) or 8 (sparse int8). Twin: `zo_kernels.reference.noise`.
 
-Normals are Box-Muller on `((u >> 9) + 0.5) 2^-23`: sin and cos from the quadrant in the integer bits
-and a polynomial, so no slow range reduction and no local memory; within 1.5e-6 of float64.
+Normals are Box-Muller on `((u >> 9) + 0.5) 2^-23`: sin and cos from the quadrant in the integer
+bits and a polynomial, so no slow range reduction and no local memory; within 1.5e-6 of float64.
 """
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,operator,attr-defined"
 

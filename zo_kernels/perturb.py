@@ -1,7 +1,7 @@
 """`w += alpha * z` in place: the step of a MeZO-style walk (+eps, -2 eps, +eps), as a baseline.
 
-Traffic: one read and one write of `w` a call. The library itself never perturbs in place: such a walk
-does not return to where it began (in fp16 it drifts by 10 % of eps in 100 steps).
+Traffic: one read and one write of `w` a call. The library itself never perturbs in place: such a
+walk does not return to where it began (in fp16 it drifts by 10 % of eps in 100 steps).
 """
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 
@@ -31,7 +31,9 @@ def _launch_perturb_(
     """The kernel of `perturbed_weights` with its + half written over `w`."""
     target = w if layout_of(w) is not None else w.contiguous()
     if w.numel():
-        _launch(target, target.unsqueeze(0), key, alpha, tensor, 2 * query, 2 * query + 1, noise, 1.0)
+        _launch(
+            target, target.unsqueeze(0), key, alpha, tensor, 2 * query, 2 * query + 1, noise, 1.0
+        )
     if target is not w:
         w.copy_(target)
 
@@ -81,7 +83,7 @@ def perturb_(
         noise: "normal" or "rademacher".
         backend: "auto", "triton", "numba" or "reference".
     Raises: RuntimeError where `w` requires grad and grad mode is on.
-    Source: Malladi et al. 2023, "Fine-tuning language models with just forward passes", algorithm 1.
+    Source: Malladi et al. 2023, "Fine-tuning language models with just forward passes", alg. 1.
     """
     check_tensor("w", w, dtype=WEIGHT_DTYPES)
     check_in_place("w", w)

@@ -60,7 +60,7 @@ def _perturbed_weights_kernel(
     t_outer,
     t_inner,
     half_stride,
-    scale,
+    scale: tl.float64,  # (the interpreter makes it fp32)
     QUERIES: tl.constexpr,
     NOISE: tl.constexpr,
     PER: tl.constexpr,
@@ -93,7 +93,8 @@ def _perturbed_weights_kernel(
             half = 2 * q + minus
             if (half >= start) & (half < stop):
                 b_half = b_w - b_shift if minus else b_w + b_shift
-                p_out = out_ptr + (half - start) * half_stride + o_out
+                # int64 also where INT64 is not set: the last half may begin beyond 2^31.
+                p_out = out_ptr + (half - start).to(tl.int64) * half_stride + o_out
                 tl.store(p_out, b_half.to(out_ptr.dtype.element_ty), mask=m_e)
 
 
@@ -168,12 +169,16 @@ def _launch_perturbed_weights(
     scale: float,
     dtype: torch.dtype | None,
 ) -> Tensor:
-    if layout_of(w) is None:
-        w = w.contiguous()
     out = _empty_halves(w, stop - start, dtype)
-    if w.numel():
+    if w.numel() == 0:
+        return out
+    if layout_of(w) is not None and layout_of(out[0]) is not None:
         _launch(w, out, key, eps, tensor, start, stop, noise, scale)
-    return out
+        return out
+    # No kernel can walk these strides: work on contiguous copies.
+    halves = torch.empty(out.shape, dtype=out.dtype, device=out.device)
+    _launch(w.contiguous(), halves, key, eps, tensor, start, stop, noise, scale)
+    return out.copy_(halves)
 
 
 def _implementation(
@@ -191,9 +196,7 @@ def _implementation(
     w = w.detach()
     backend = resolve_backend(backend, w.device)
     if backend == "triton":
-        return _launch_perturbed_weights(
-            w, key, eps, tensor, start, stop, noise, scale, dtype
-        )
+        return _launch_perturbed_weights(w, key, eps, tensor, start, stop, noise, scale, dtype)
     halves: Tensor = twin("perturbed_weights", backend)(
         w,
         key,
@@ -266,9 +269,9 @@ def perturbed_weights(
     check_key(key, w.device)
     check_tensor("eps", eps, shape=[], dtype=[torch.float64], device=w.device)
     check_noise(noise)
-    check_indices(tensor, stop // 2)
     if not 0 <= start < stop:
         raise ValueError(f"halves need 0 <= start < stop, got start={start}, stop={stop}")
+    check_indices(tensor, (stop - 1) // 2)
     if dtype is not None and dtype not in OUT_DTYPES:
         raise TypeError(f"dtype must be one of {OUT_DTYPES}, got {dtype}")
     check_groups(w.shape, noise)

@@ -112,9 +112,7 @@ def _implementation(
 ) -> Tensor:
     backend = resolve_backend(backend, key.device)
     if backend == "triton":
-        return _launch_sample(
-            shape, key, tensor, query, noise, purpose, p_zero, r_max
-        ).contiguous()
+        return _launch_sample(shape, key, tensor, query, noise, purpose, p_zero, r_max).contiguous()
     z: Tensor = twin("sample", backend)(
         shape,
         key,

@@ -1,8 +1,8 @@
-"""`w -= lr * (scale * sum_q coeff_q z_q + weight_decay * w)` for all head parameters, in one launch.
+"""`w -= lr * (scale * sum_q coeff_q z_q + weight_decay * w)` for all head parameters, one launch.
 
 Traffic: one read and one write of every weight, whatever the number of queries Q; `z` is made in
-registers. Coefficients, learning rates and the flag that skips a step live on the device. A table of
-pointers tells each program its tensor; it is made again when any parameter changes.
+registers. Coefficients, learning rates and the flag that skips a step live on the device. A table
+of pointers tells each program its tensor; it is made again when any parameter changes.
 
 bfloat16 weights are rounded stochastically (purpose "rounding" of the noise): a ZO update is mostly
 below half a bf16 step, and rounding to nearest would lose it.
@@ -115,7 +115,7 @@ def _update_kernel(
             p_w = tl.multiple_of(w_ptr, 16) + o_e
             b_w = tl.load(p_w, mask=m_e, other=0.0).to(WIDE)
             b_new = b_w - lr * (b_total + decay * b_w)
-            if DTYPE == tl.bfloat16:
+            if DTYPE == tl.bfloat16:  # noqa: SIM300
                 b_words = _rounding_words(key_ptr, pid, tensor, cols, padded_cols, INT64, BLOCK)
                 tl.store(p_w, _round_to_bf16(b_new, b_words), mask=m_e)
             else:
@@ -127,7 +127,7 @@ def _update_kernel(
             p_w = w_ptr + element_offset(o_row, o_col, inner, s_row, s_outer, s_inner)
             b_w = tl.load(p_w, mask=m_e, other=0.0).to(WIDE)
             b_new = b_w - lr * (b_total + decay * b_w)
-            if DTYPE == tl.bfloat16:
+            if DTYPE == tl.bfloat16:  # noqa: SIM300
                 b_words = _rounding_words(key_ptr, pid, tensor, cols, padded_cols, INT64, BLOCK)
                 tl.store(p_w, _round_to_bf16(b_new, b_words), mask=m_e)
             else:
@@ -162,11 +162,9 @@ def _build_table(
         flat = aligned and layout.flat and (layout.cols % per == 0 or layout.rows == 1)
         elements = w.numel() if flat else padded
         blocks = -(-padded // BLOCK)
-        strides = (layout.s_row, layout.s_outer, layout.s_inner)
-        rows.append(
-            [w.data_ptr(), first, elements, layout.cols, padded_cols, layout.inner]
-            + [*strides, tensor, group, int(flat)]
-        )
+        where = [w.data_ptr(), first, elements, layout.cols, padded_cols, layout.inner]
+        strides = [layout.s_row, layout.s_outer, layout.s_inner]
+        rows.append([*where, *strides, tensor, group, int(flat)])
         owners += [t] * blocks
         first += blocks
         largest = max(largest, padded, layout.extent)
@@ -196,6 +194,7 @@ def _table(
         _TABLES[signature] = _build_table(params, tensors, groups, scales, noise)
         if len(_TABLES) > MAX_TABLES:
             _TABLES.popitem(last=False)
+    _TABLES.move_to_end(signature)
     return _TABLES[signature]
 
 
@@ -275,9 +274,7 @@ def _implementation(
     if backend == "triton":
         _launch_update_(*args, tensors, groups, scales, noise)
     else:
-        twin("update_", backend)(
-            *args, tensors=tensors, groups=groups, scales=scales, noise=noise
-        )
+        twin("update_", backend)(*args, tensors=tensors, groups=groups, scales=scales, noise=noise)
 
 
 def _fake(*args: object) -> None:
@@ -328,9 +325,16 @@ def update_(
             "params, tensors, groups and scales must have one length, got "
             f"{len(params)}, {len(tensors)}, {len(groups)}, {len(scales)}"
         )
-    check_tensor("coeff", coeff, dtype=[torch.float64], device=device)
-    check_tensor("lr", lr, dtype=[torch.float64], device=device)
-    check_tensor("weight_decay", weight_decay, shape=lr.shape, dtype=[torch.float64], device=device)
+    check_tensor("coeff", coeff, dtype=[torch.float64], device=device, vector=True)
+    check_tensor("lr", lr, dtype=[torch.float64], device=device, vector=True)
+    check_tensor(
+        "weight_decay",
+        weight_decay,
+        shape=lr.shape,
+        dtype=[torch.float64],
+        device=device,
+        vector=True,
+    )
     check_tensor("skip", skip, shape=[], dtype=[torch.float32], device=device)
     check_noise(noise)
     for i, (w, tensor, group) in enumerate(zip(params, tensors, groups, strict=True)):

@@ -1,10 +1,11 @@
-"""The ops on the CPU: fused sweeps for fp32 weights, fast noise and torch arithmetic for the rest."""
+"""The ops on the CPU: fused sweeps for fp32 weights, fast noise and torch for the rest."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -36,15 +37,16 @@ def _pool(workers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(workers, thread_name_prefix="zo_kernels")
 
 
-def _over_threads(sweep: Callable[..., None], args: tuple[Any, ...], groups: int, lanes: int) -> None:
+def _over_threads(
+    sweep: Callable[..., None], args: tuple[Any, ...], groups: int, lanes: int
+) -> None:
     """Run `sweep(*args, first, last)` over all groups, in parts where there is enough work."""
     workers = torch.get_num_threads() if groups * lanes >= PARALLEL_FROM else 1
     if workers == 1:
         sweep(*args, 0, groups)
         return
     bounds = [groups * i // workers for i in range(workers + 1)]
-    pairs = zip(bounds[:-1], bounds[1:], strict=True)
-    for job in [_pool(workers).submit(sweep, *args, a, b) for a, b in pairs]:
+    for job in [_pool(workers).submit(sweep, *args, a, b) for a, b in pairwise(bounds)]:
         job.result()
 
 
@@ -127,7 +129,14 @@ def perturbed_weights(
 
 
 def _update_one(
-    w: Tensor, key: Tensor, coeff: Any, scale: float, lr: float, decay: float, tensor: int, noise: str
+    w: Tensor,
+    key: Tensor,
+    coeff: Any,
+    scale: float,
+    lr: float,
+    decay: float,
+    tensor: int,
+    noise: str,
 ) -> bool:
     """The fused update of one fp32 weight; False where its layout is not one we sweep."""
     layout = layout_of(w) if w.dtype == torch.float32 else None
@@ -168,7 +177,9 @@ def update_(
     rates, decays = lr.tolist(), weight_decay.tolist()
     for w, tensor, group, scale in zip(params, tensors, groups, scales, strict=True):
         if not _update_one(w, key, coeff32, scale, rates[group], decays[group], tensor, noise):
-            new = updated(w, key, coeff, lr[group], weight_decay[group], tensor, scale, noise, sample)
+            new = updated(
+                w, key, coeff, lr[group], weight_decay[group], tensor, scale, noise, sample
+            )
             w.copy_(new)
 
 

@@ -1,4 +1,4 @@
-"""The same ops in plain torch, file for file: the specification. Runs anywhere, imports no Triton."""
+"""The same ops in plain torch, file for file: the specification. Imports no Triton."""
 
 from zo_kernels.reference.perturb import perturb_
 from zo_kernels.reference.perturbed_weights import perturbed_weights

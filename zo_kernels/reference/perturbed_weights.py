@@ -21,7 +21,9 @@ def empty_halves(w: Tensor, count: int, dtype: torch.dtype | None) -> Tensor:
     return like.new_empty_strided((count, *w.shape), (w.numel(), *like.stride()))
 
 
-def write_halves(out: Tensor, w: Tensor, amplitude: Tensor, start: int, query: int, z: Tensor) -> None:
+def write_halves(
+    out: Tensor, w: Tensor, amplitude: Tensor, start: int, query: int, z: Tensor
+) -> None:
     """Write the halves of one query that `out` holds: `out[h - start] = w +- amplitude * z`."""
     shift = amplitude * z.to(amplitude.dtype)
     for half, sign in ((2 * query, 1), (2 * query + 1, -1)):

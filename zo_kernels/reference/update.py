@@ -16,8 +16,9 @@ Sample = Callable[..., Tensor]
 def round_stochastically(x: Tensor, words: Tensor) -> Tensor:
     """fp32 -> bf16, up with probability equal to the fraction dropped.
 
-    The lower 16 bits of the fp32 pattern are what bf16 drops: add a uniform 16-bit number (the upper
-    half of a word of purpose "rounding") and truncate. Infinities and NaN are cast as they are.
+    The lower 16 bits of the fp32 pattern are what bf16 drops: add a uniform 16-bit number (the
+    upper half of a word of purpose "rounding") and truncate. Infinities and NaN are cast as they
+    are.
     """
     bits = x.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
     bits = (bits + (words >> 16)) & 0xFFFF0000

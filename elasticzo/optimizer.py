@@ -1,0 +1,280 @@
+"""`ZOSGD`: the zeroth-order step, a `torch.optim.Optimizer` over the head."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elasticzo.losses import check_losses, projected_gradients
+from elasticzo.trajectory import TrajectoryLog
+from elasticzo.wrapper import ElasticZO
+from zo_kernels import update_
+
+
+class ZOSGD(torch.optim.Optimizer):
+    """Stochastic gradient descent along the projected gradients of the head.
+
+    `w -= lr * (sum_q clip(g_q, +-clip) / Q * s z_q + weight_decay * w)`, `g_q = (L+_q - L-_q) / (2 eps)`.
+    One launch, one read and one write of every weight; nothing waits for the device.
+
+    Args:
+        model: the `ElasticZO` whose head it trains.
+        lr: learning rate; a number, or a 0-d tensor that a schedule changes in place.
+        groups: torch-style dictionaries {"params": [...], "lr": ..., "weight_decay": ...} over head
+            parameters; the rest of the head gets the defaults.
+        clip: bound on |g_q|, in loss per unit of z; None is unbounded.
+        weight_decay: of the defaults.
+    Raises: ValueError, TypeError that name what was expected and what came.
+    Source: arXiv:2501.04287 (w -= lr g z).
+    """
+
+    def __init__(
+        self,
+        model: ElasticZO,
+        lr: float | Tensor,
+        groups: Sequence[dict[str, Any]] | None = None,
+        clip: float | None = None,
+        weight_decay: float = 0.0,
+    ) -> None:
+        if not isinstance(model, ElasticZO):
+            raise TypeError(f"model must be an ElasticZO, got {type(model).__name__}")
+        if clip is not None and not clip > 0.0:
+            raise ValueError(f"clip must be > 0 or None, got {clip}")
+        self.model = model
+        self.clip = clip
+        self._log: TrajectoryLog | None = None
+        self._last_read_skips = 0
+        super().__init__(
+            _complete_groups(model, groups), {"lr": lr, "weight_decay": weight_decay}
+        )
+        for group in self.param_groups:
+            if float(group["lr"]) < 0.0 or float(group["weight_decay"]) < 0.0:
+                raise ValueError(
+                    "lr and weight_decay must be >= 0, got "
+                    f"{float(group['lr'])} and {float(group['weight_decay'])}"
+                )
+        device = model._key.device
+        self._skips = torch.zeros((), dtype=torch.int64, device=device)
+        self.projected_gradient = torch.zeros(model.queries, dtype=torch.float64, device=device)
+
+    # ---- the step
+
+    @torch.no_grad()
+    def step(self, losses: Any = None) -> None:  # type: ignore[override]
+        """Update the head from the losses of the halves, and go on to the next `z`.
+
+        Losses that are not finite skip the step: weights, and buffers since the last step, are
+        bit-identical to before; `skipped` counts it.
+
+        Args:
+            losses: `[2Q]` scalars of any origin; the mean over micro-batches where there were more.
+        Raises: RuntimeError without a forward since the last step, or when a parameter was replaced
+            or moved since; ValueError for another number of losses.
+        """
+        model = self.model
+        losses = self._take(losses)
+        self._check_ready()
+        found = (~torch.isfinite(losses).all()).to(torch.float32)
+        if model._gated:
+            found = torch.maximum(found, model._found)
+        rates, decays = self._rates()
+        if model.cut.everything:
+            self.projected_gradient.zero_()
+        else:
+            self._update(losses, rates, decays, found)
+        if model._before is not None and model._moving:
+            model._before.restore_where(found != 0)
+        if self._log is not None:
+            self._log.record(model._key[1], found, rates, losses)
+        self._skips += found.to(torch.int64)
+        _next_step(model)
+
+    def _update(self, losses: Tensor, rates: Tensor, decays: Tensor, found: Tensor) -> None:
+        model = self.model
+        g = projected_gradients(losses, model._eps)
+        self.projected_gradient = g
+        coeff = (g if self.clip is None else g.clamp(-self.clip, self.clip)) / model.queries
+        params, tensors, groups, scales = self._targets()
+        if params:
+            update_(
+                params,
+                model._key,
+                coeff,
+                rates,
+                decays,
+                found,
+                tensors=tensors,
+                groups=groups,
+                scales=scales,
+                noise=model.noise,
+                backend=model.backend,
+            )
+
+    def _targets(self) -> tuple[list[Tensor], list[int], list[int], list[float]]:
+        """Head parameters with their index, group and scale; those of scale 0 are left alone by
+        the noise, and by weight decay only if it is 0."""
+        group_of = {id(p): i for i, g in enumerate(self.param_groups) for p in g["params"]}
+        params, tensors, groups, scales = [], [], [], []
+        for name, p in self.model.named_head_parameters():
+            head = self.model._plan.parameters[name]
+            group = group_of.get(id(p))
+            if group is None:
+                raise RuntimeError(
+                    f"head parameter {name!r} is not the one this ZOSGD was built on: it was "
+                    "replaced; build ZOSGD after loading or assigning parameters"
+                )
+            if head.scale == 0.0 and not self.param_groups[group]["weight_decay"]:
+                continue
+            params.append(p)
+            tensors.append(head.index)
+            groups.append(group)
+            scales.append(head.scale)
+        return params, tensors, groups, scales
+
+    def _take(self, losses: Any) -> Tensor:
+        model = self.model
+        if losses is None:
+            raise TypeError("zo.step needs the losses of the halves: zo.step(losses)")
+        if callable(losses):
+            raise TypeError("zo.step takes losses, not a closure")
+        if not isinstance(losses, Tensor):
+            losses = torch.as_tensor(losses, dtype=torch.float64)
+        losses = losses.detach()
+        if not losses.is_floating_point():
+            losses = losses.to(torch.float64)
+        check_losses(losses, model.halves)
+        return losses.to(model._key.device, non_blocking=True)
+
+    def _check_ready(self) -> None:
+        model = self.model
+        if model._micro_batches == 0:
+            raise RuntimeError(
+                "zo.step without a training forward since the last step: call model(x) in train() "
+                "first"
+            )
+        for (name, p), seen in zip(model.named_head_parameters(), model._seen, strict=True):
+            if (id(p), p.data_ptr()) != seen:
+                raise RuntimeError(
+                    f"head parameter {name!r} was replaced or moved between the forward and "
+                    "zo.step: the losses belong to other weights"
+                )
+
+    def _rates(self) -> tuple[Tensor, Tensor]:
+        """Learning rates and weight decays of the groups: `[G]` float64 on the device."""
+        return self._on_device("lr"), self._on_device("weight_decay")
+
+    def _on_device(self, name: str) -> Tensor:
+        device = self.model._key.device
+        values = [group[name] for group in self.param_groups]
+        if any(isinstance(v, Tensor) for v in values):
+            return torch.stack(
+                [torch.as_tensor(v, dtype=torch.float64, device=device) for v in values]
+            )
+        return torch.tensor(values, dtype=torch.float64).to(device, non_blocking=True)
+
+    # ---- what happened
+
+    @property
+    def skipped(self) -> int:
+        """Steps skipped for losses that were not finite. Reads the device; warns of new ones."""
+        count = int(self._skips)
+        if count > self._last_read_skips:
+            warnings.warn(
+                f"{count - self._last_read_skips} zeroth-order step(s) were skipped: a loss was NaN "
+                "or infinite",
+                stacklevel=2,
+            )
+        self._last_read_skips = count
+        return count
+
+    def attach(self, log: TrajectoryLog | None) -> None:
+        """Write every step from now on to a trajectory log (None detaches)."""
+        self._log = log
+
+    # ---- state
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        """torch's state, and under "zo" what the next step depends on: seed, step, skips, settings."""
+        model = self.model
+        state = super().state_dict()
+        state["zo"] = {
+            "seed": model.seed,
+            "step": model.step_index,
+            "skipped": int(self._skips),
+            "eps": model.eps,
+            "noise": model.noise,
+            "queries": model.queries,
+            "clip": self.clip,
+        }
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+        """Continue a run: the noise goes on where it stood.
+
+        Raises: ValueError where eps, noise, queries or clip are not those of the saved run.
+        """
+        if "zo" not in state_dict:
+            raise ValueError("state_dict must be one of ZOSGD, with a 'zo' entry")
+        saved = state_dict["zo"]
+        model = self.model
+        now = {"eps": model.eps, "noise": model.noise, "queries": model.queries, "clip": self.clip}
+        different = [
+            f"{k} was {saved[k]!r}, is {v!r}" for k, v in now.items() if saved[k] != v
+        ]
+        if different:
+            raise ValueError("the saved run differs: " + "; ".join(different))
+        super().load_state_dict(
+            copy.copy({k: v for k, v in state_dict.items() if k != "zo"})
+        )
+        model.seed = int(saved["seed"])
+        model._key.copy_(torch.tensor([model.seed, int(saved["step"])], dtype=torch.int64))
+        self._skips.fill_(int(saved["skipped"]))
+        self._last_read_skips = int(saved["skipped"])
+        _forget_forwards(model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_log"} | {"_log": None}
+
+
+def _complete_groups(
+    model: ElasticZO, groups: Sequence[dict[str, Any]] | None
+) -> list[dict[str, Any]]:
+    """The given groups, and one of all head parameters that are in none of them."""
+    head = {id(p): name for name, p in model.named_head_parameters()}
+    complete, taken = [], set()
+    for i, group in enumerate(groups or []):
+        if not isinstance(group, dict) or "params" not in group:
+            raise TypeError(f"groups[{i}] must be a dictionary with 'params', got {group!r}")
+        unknown = set(group) - {"params", "lr", "weight_decay", "name"}
+        if unknown:
+            raise ValueError(f"groups[{i}] has unknown keys {sorted(unknown)}")
+        params = group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        if any(id(p) not in head for p in params):
+            raise ValueError(f"groups[{i}] has a parameter that is not in the head")
+        taken |= {id(p) for p in params}
+        complete.append({**group, "params": params})
+    rest = [p for p in model.head_parameters() if id(p) not in taken]
+    if rest or not complete:
+        complete.append({"params": rest})
+    return complete
+
+
+def _next_step(model: ElasticZO) -> None:
+    model._key[1] += 1
+    _forget_forwards(model)
+
+
+def _forget_forwards(model: ElasticZO) -> None:
+    model._found = torch.zeros_like(model._found)
+    model._gated = False
+    model._micro_batches = 0
+    model._before = None
+
+
+__all__ = ["ZOSGD"]

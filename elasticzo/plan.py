@@ -1,0 +1,184 @@
+"""The plan of a wrapped model: how each of its modules takes part in a forward of the pair."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from elasticzo.cut import Cut
+from elasticzo.dropout import DROPOUTS
+from elasticzo.layers import BATCH_NORMS, PAIRED
+from elasticzo.passes import HeadParameter
+from zo_kernels._lib import WEIGHT_DTYPES
+
+Kind = Literal["paired", "fallback", "dropout"]
+# Modules that read parameters of their children directly: the whole subtree is swapped.
+CLOSED = (nn.MultiheadAttention, nn.RNNBase)
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+@dataclass
+class Layer:
+    """A module whose forward is taken over while the pair runs.
+
+    Attributes:
+        kind: "paired" (one call serves all halves), "fallback" (runs once a half with its perturbed
+            parameters swapped in) or "dropout".
+        head: the perturbed parameters of its own, by local name.
+        swaps: for a fallback, (module, local name, parameter) of all that it swaps.
+        index: for dropout, the stream of its masks.
+    """
+
+    name: str
+    module: nn.Module
+    kind: Kind
+    head: dict[str, HeadParameter] = field(default_factory=dict)
+    swaps: list[tuple[nn.Module, str, HeadParameter]] = field(default_factory=list)
+    index: int = 0
+
+
+@dataclass
+class Plan:
+    """All layers by module name, and the head's parameters by name."""
+
+    layers: dict[str, Layer]
+    parameters: dict[str, HeadParameter]
+    sequence_first: list[str]  # modules that read dimension 0 as time
+
+
+def build_plan(model: nn.Module, cut: Cut, scale: Mapping[str, float] | None) -> Plan:
+    """Decide for every module how it serves the pair.
+
+    Raises:
+        ValueError: a scale pattern that matches nothing, an Embedding that renormalises in place.
+        TypeError: a head parameter of an unsupported dtype.
+    """
+    parameters = _head_parameters(model, cut, scale or {})
+    by_id = {id(p): parameters[name] for name, p in model.named_parameters() if name in parameters}
+    plan = Plan({}, parameters, [])
+    closed: list[str] = []
+    dropouts = 0
+    for name, module in model.named_modules():
+        if getattr(module, "batch_first", True) is False:
+            plan.sequence_first.append(f"{name or 'the model'} ({type(module).__name__})")
+        if any(name.startswith(f"{outer}.") if outer else bool(name) for outer in closed):
+            continue
+        own = _own(module, by_id)
+        swaps = [
+            (inner, local, head)
+            for inner in module.modules()
+            for local, head in _own(inner, by_id).items()
+        ]
+        if isinstance(module, DROPOUTS):
+            plan.layers[name] = Layer(name, module, "dropout", index=dropouts)
+            dropouts += 1
+        elif type(module) in PAIRED and _as_built(module):
+            if own or isinstance(module, BATCH_NORMS):
+                _check_supported(name, module)
+                plan.layers[name] = Layer(name, module, "paired", head=own)
+        elif isinstance(module, CLOSED) or parametrize.is_parametrized(module):
+            closed.append(name)
+            if swaps:
+                plan.layers[name] = Layer(name, module, "fallback", swaps=swaps)
+        elif own:
+            swaps = [(module, local, head) for local, head in own.items()]
+            plan.layers[name] = Layer(name, module, "fallback", swaps=swaps)
+    return plan
+
+
+def _head_parameters(
+    model: nn.Module, cut: Cut, scale: Mapping[str, float]
+) -> dict[str, HeadParameter]:
+    head = set(cut.head_parameters)
+    for pattern, value in scale.items():
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in head):
+            raise ValueError(
+                f"scale pattern {pattern!r} matches no head parameter; they are: "
+                + ", ".join(cut.head_parameters)
+            )
+        if not 0.0 <= value < float("inf"):
+            raise ValueError(f"scale of {pattern!r} must be finite and >= 0, got {value}")
+    found = {}
+    for index, (name, p) in enumerate(model.named_parameters()):
+        if name not in head:
+            continue
+        if p.dtype not in WEIGHT_DTYPES:
+            raise TypeError(
+                f"head parameter {name!r} must be float32, float64 or bfloat16, got {p.dtype} "
+                "(for float16 activations use autocast over float32 parameters)"
+            )
+        factor = 1.0
+        for pattern, value in scale.items():  # the last pattern that matches wins
+            if fnmatch.fnmatchcase(name, pattern):
+                factor = float(value)
+        found[name] = HeadParameter(name, index, factor)
+    return found
+
+
+def _own(module: nn.Module, by_id: Mapping[int, HeadParameter]) -> dict[str, HeadParameter]:
+    return {
+        local: by_id[id(p)]
+        for local, p in module._parameters.items()
+        if p is not None and id(p) in by_id
+    }
+
+
+def _as_built(module: nn.Module) -> bool:
+    """Whether a known layer holds just the parameters its constructor gave it."""
+    return set(module._parameters) <= {"weight", "bias"} and "weight" in module._parameters
+
+
+def _check_supported(name: str, module: nn.Module) -> None:
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        raise ValueError(
+            f"{name!r} (Embedding) has max_norm: it rewrites its weight in the forward, which the "
+            "perturbed passes must only read; set max_norm=None"
+        )
+
+
+def promote(plan: Plan, model: nn.Module, name: str, parameters: list[str]) -> None:
+    """Let the nearest module around `name` that runs swap these parameters instead."""
+    modules = dict(model.named_modules())
+    outer = name
+    while outer:
+        outer = outer.rpartition(".")[0]
+        if not isinstance(modules[outer], CONTAINERS):
+            break
+    heads = {p: plan.parameters[p] for p in parameters}
+    by_id = {id(p): heads[n] for n, p in model.named_parameters() if n in heads}
+    swaps = [
+        (inner, local, head)
+        for inner in modules[outer].modules()
+        for local, head in _own(inner, by_id).items()
+    ]
+    layer = plan.layers.get(outer)
+    if layer is None or layer.kind != "fallback":
+        layer = plan.layers[outer] = Layer(outer, modules[outer], "fallback")
+    taken = {(id(module), local) for module, local, _ in layer.swaps}
+    layer.swaps += [s for s in swaps if (id(s[0]), s[1]) not in taken]
+
+
+def owner_of(plan: Plan, model: nn.Module, parameter: str) -> str:
+    """The outermost layer that is responsible for a parameter now, else its module."""
+    for name, layer in plan.layers.items():
+        if any(head.name == parameter for _, _, head in layer.swaps):
+            return name
+    return parameter.rpartition(".")[0]
+
+
+def compute_dtype(device: torch.device, wanted: torch.dtype | None) -> torch.dtype | None:
+    """The dtype a matrix product computes in, or None for that of its weight."""
+    if wanted is not None:
+        return wanted
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
+
+
+__all__ = ["Kind", "Layer", "Plan", "build_plan", "compute_dtype", "owner_of", "promote"]

@@ -1,0 +1,235 @@
+"""The trajectory log: a run of the head as (step, learning rates, losses), to be replayed.
+
+One header line, then one line a step, both JSON. Replaying it from the head's first weights gives
+the head's parameters bit for bit on the same backend: `z` is made again from the seed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from elasticzo.losses import projected_gradients
+from zo_kernels import update_
+
+if TYPE_CHECKING:
+    from elasticzo.optimizer import ZOSGD
+    from elasticzo.wrapper import ElasticZO
+
+FORMAT = "elasticzo-trajectory-1"
+CAPACITY = 1024
+
+
+class TrajectoryLog:
+    """Writes a run of `zo` to a file.
+
+    Steps are collected in a ring buffer on the device; `drain` writes them out (and is called when
+    the ring is full), so that a step itself waits for nothing.
+
+    Args:
+        path: of the file; made new unless `resume`.
+        zo: the optimiser whose steps are written; `zo.attach(log)` is done here.
+        resume: go on behind the record of step `zo.model.step_index - 1`, dropping later ones.
+        capacity: steps the ring holds.
+    Raises: FileExistsError for a file that is there, ValueError for one of another run.
+    """
+
+    def __init__(
+        self, path: str | Path, zo: ZOSGD, resume: bool = False, capacity: int = CAPACITY
+    ) -> None:
+        self.path = Path(path)
+        model = zo.model
+        self.header = _header(zo)
+        width = 2 + len(zo.param_groups) + model.halves
+        self._groups = len(zo.param_groups)
+        self._ring = torch.zeros(capacity, width, dtype=torch.float64, device=model._key.device)
+        self._filled = 0
+        if resume and self.path.exists():
+            self._cut_back(model.step_index)
+        else:
+            if self.path.exists():
+                raise FileExistsError(f"{self.path} exists; give another path, or resume=True")
+            _write_whole(self.path, json.dumps(self.header) + "\n")
+        zo.attach(self)
+
+    def record(self, step: Tensor, skipped: Tensor, rates: Tensor, losses: Tensor) -> None:
+        if self._filled == self._ring.shape[0]:
+            self.drain()
+        row = self._ring[self._filled]
+        row[0], row[1] = step, skipped
+        row[2 : 2 + self._groups] = rates
+        row[2 + self._groups :] = losses
+        self._filled += 1
+
+    def drain(self) -> None:
+        """Write the collected steps and flush them to the disk."""
+        if self._filled == 0:
+            return
+        lines = []
+        for row in self._ring[: self._filled].tolist():
+            rates, losses = row[2 : 2 + self._groups], row[2 + self._groups :]
+            record = {"step": int(row[0]), "lr": rates, "losses": losses, "skipped": int(row[1])}
+            lines.append(json.dumps(record) + "\n")
+        with self.path.open("a") as file:
+            file.write("".join(lines))
+            file.flush()
+            os.fsync(file.fileno())
+        self._filled = 0
+
+    def _cut_back(self, step: int) -> None:
+        header, records = read_trajectory(self.path)
+        wanted = {k: v for k, v in self.header.items() if k != "start"}
+        found = {k: v for k, v in header.items() if k != "start"}
+        if wanted != found:
+            keys = [k for k in wanted if wanted[k] != found.get(k)]
+            raise ValueError(f"{self.path} is the log of another run: {', '.join(keys)} differ")
+        self.header = header
+        kept = [r for r in records if r["step"] < step]
+        _write_whole(self.path, "".join(json.dumps(r) + "\n" for r in [header, *kept]))
+
+
+def _header(zo: ZOSGD) -> dict[str, Any]:
+    """All that a replay depends on; the parameters as `ZOSGD` updates them."""
+    model = zo.model
+    names = {id(p): name for name, p in model.named_head_parameters()}
+    params, tensors, groups, scales = zo._targets()
+    head = [
+        {"name": names[id(p)], "index": index, "group": group, "scale": scale}
+        for p, index, group, scale in zip(params, tensors, groups, scales, strict=True)
+    ]
+    return {
+        "format": FORMAT,
+        "seed": model.seed,
+        "start": model.step_index,
+        "eps": model.eps,
+        "noise": model.noise,
+        "queries": model.queries,
+        "clip": zo.clip,
+        "weight_decay": [float(group["weight_decay"]) for group in zo.param_groups],
+        "head": head,
+        "backend": model.backend,
+        "versions": {
+            name: version(name)
+            for name in ("torch", "triton", "numpy", "numba", "elasticzo")
+            if _installed(name)
+        },
+    }
+
+
+def _installed(name: str) -> bool:
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def read_trajectory(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Header and records of a log; a last line that was cut off by a crash is left out.
+
+    Raises: FileNotFoundError, ValueError for a file that is no log.
+    """
+    path = Path(path)
+    lines = path.read_text().splitlines(keepends=True)
+    try:
+        header = json.loads(lines[0])
+        if header["format"] != FORMAT:
+            raise ValueError
+    except (IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a trajectory log ({FORMAT})") from error
+    return header, list(_records(path, lines[1:]))
+
+
+def _records(path: Path, lines: list[str]) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(lines, start=2):
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            if number == len(lines) + 1:
+                return
+            raise ValueError(f"{path}: line {number} is corrupt") from error
+
+
+@torch.no_grad()
+def replay(path: str | Path, model: ElasticZO, steps: int | None = None) -> int:
+    """Rebuild the head's parameters from the log of a run.
+
+    Args:
+        path: the log.
+        model: an `ElasticZO` as the run began with: the same cut, scales and first weights.
+        steps: how many records to replay; None is all.
+    Returns: the step after the last record.
+    Determinism: bit for bit on the backend that the header names.
+    Raises: ValueError where the header does not fit the model, or records are missing.
+    """
+    header, records = read_trajectory(path)
+    _check_fits(header, model)
+    names = dict(model.named_head_parameters())
+    head = header["head"]
+    params = [names[h["name"]] for h in head]
+    device = model._key.device
+    decays = torch.tensor(header["weight_decay"], dtype=torch.float64, device=device)
+    key = torch.tensor([header["seed"], 0], dtype=torch.int64, device=device)
+    eps = torch.tensor(header["eps"], dtype=torch.float64, device=device)
+    expected = header["start"]
+    for record in records[:steps]:
+        if record["step"] != expected:
+            raise ValueError(f"{path}: step {expected} is missing, found {record['step']}")
+        expected += 1
+        if record["skipped"]:
+            continue
+        key[1] = record["step"]
+        g = projected_gradients(torch.tensor(record["losses"], dtype=torch.float64), eps.cpu())
+        clip = header["clip"] if header["clip"] is not None else math.inf
+        update_(
+            params,
+            key,
+            (g.clamp(-clip, clip) / header["queries"]).to(device),
+            torch.tensor(record["lr"], dtype=torch.float64, device=device),
+            decays,
+            torch.zeros((), dtype=torch.float32, device=device),
+            tensors=[h["index"] for h in head],
+            groups=[h["group"] for h in head],
+            scales=[h["scale"] for h in head],
+            noise=header["noise"],
+            backend=header["backend"],
+        )
+    model._key.copy_(torch.tensor([header["seed"], expected], dtype=torch.int64))
+    return int(expected)
+
+
+def _check_fits(header: dict[str, Any], model: ElasticZO) -> None:
+    names = [name for name, _ in model.named_head_parameters()]
+    logged = [h["name"] for h in header["head"]]
+    missing = [name for name in logged if name not in names]
+    if missing:
+        raise ValueError(f"the log updates {missing[0]!r}, which is not in this model's head")
+    if header["backend"] != model.backend:
+        raise ValueError(
+            f"the log was made on backend {header['backend']!r}, this model runs {model.backend!r}: "
+            f"give backend={header['backend']!r}"
+        )
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+__all__ = ["TrajectoryLog", "read_trajectory", "replay"]

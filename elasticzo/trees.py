@@ -1,0 +1,130 @@
+"""Stacking, splitting and joining of nested inputs and outputs along the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree
+
+
+class Unbatched:
+    """A model input whose dimension 0 is not the batch; made by `unbatched`."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def unbatched(tensor: Tensor) -> Unbatched:
+    """Declare that dimension 0 of this model input is not the batch (an attention mask, say).
+
+    >>> mask = unbatched(torch.zeros(7, 7))
+    >>> mask.tensor.shape
+    torch.Size([7, 7])
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"unbatched expects a Tensor, got {type(tensor).__name__}")
+    return Unbatched(tensor)
+
+
+def strip(tree: Any) -> Any:
+    """The inputs without their `unbatched` marks."""
+    return pytree.tree_map(lambda x: x.tensor if isinstance(x, Unbatched) else x, tree)
+
+
+def stack_inputs(tree: Any, n: int) -> tuple[Any, set[int]]:
+    """Repeat every batched tensor n times along dimension 0.
+
+    Returns: the stacked tree, and the ids of the tensors that are shared by all halves.
+    Raises: ValueError for an input whose dimension 0 is not the batch and is not declared.
+    """
+    leaves, spec = pytree.tree_flatten(tree)
+    batch = next((x.shape[0] for x in leaves if isinstance(x, Tensor) and x.dim() > 0), None)
+    if batch is None:
+        raise ValueError("a stacked forward needs a tensor input whose dimension 0 is the batch")
+    shared: set[int] = set()
+    stacked = []
+    for x in leaves:
+        if isinstance(x, Unbatched):
+            shared.add(id(x.tensor))
+            x = x.tensor
+        elif isinstance(x, Tensor) and x.dim() > 0:
+            if x.shape[0] != batch:
+                raise ValueError(
+                    f"an input of shape {list(x.shape)} does not have the batch ({batch}) as "
+                    "dimension 0; declare it with elasticzo.unbatched(...), or use "
+                    "pairing='sequential'"
+                )
+            x = torch.cat([x] * n)
+        stacked.append(x)
+    return pytree.tree_unflatten(stacked, spec), shared
+
+
+def split_half(tree: Any, n: int, half: int, shared: set[int], name: str, dim: int = 0) -> Any:
+    """The part of one half: tensors as long as the stacked batch are cut, others are shared."""
+    first = _first_tensor(tree)
+    if first is None:
+        return tree
+    total = first.shape[dim]
+    if total % n:
+        raise ValueError(
+            f"{name!r} got a batch of {total} that does not divide into {n} halves: its dimension "
+            f"{dim} is not the batch; use pairing='sequential'"
+        )
+
+    def part(x: Any) -> Any:
+        if isinstance(x, PackedSequence):
+            raise ValueError(f"{name!r} got a PackedSequence: use pairing='sequential'")
+        batched = isinstance(x, Tensor) and x.dim() > dim and x.shape[dim] == total
+        return x.chunk(n, dim)[half] if batched and id(x) not in shared else x
+
+    return pytree.tree_map(part, tree, is_leaf=lambda x: isinstance(x, PackedSequence))
+
+
+def _first_tensor(tree: Any) -> Tensor | None:
+    return next((x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor) and x.dim() > 0), None)
+
+
+def has_tensor(tree: Any) -> bool:
+    return _first_tensor(tree) is not None
+
+
+def join(trees: Sequence[Any], merge: Callable[[Sequence[Any]], Any]) -> Any:
+    """Merge the outputs of the halves leaf by leaf."""
+    flat = [pytree.tree_flatten(tree) for tree in trees]
+    specs = {str(spec) for _, spec in flat}
+    if len(specs) != 1:
+        raise ValueError(f"the halves returned outputs of different structure: {sorted(specs)}")
+    merged = [merge(leaves) for leaves in zip(*(leaves for leaves, _ in flat), strict=True)]
+    return pytree.tree_unflatten(merged, flat[0][1])
+
+
+def unstack_outputs(tree: Any, n: int) -> Any:
+    """`[n * B, ...]` -> `[n, B, ...]` for every tensor of the output."""
+
+    def split(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        if x.dim() == 0 or x.shape[0] % n:
+            raise ValueError(
+                f"the model returned a tensor of shape {list(x.shape)}, whose dimension 0 is not the "
+                f"batch of {n} halves; use pairing='sequential'"
+            )
+        return x.unflatten(0, (n, x.shape[0] // n))
+
+    return pytree.tree_map(split, tree)
+
+
+__all__ = [
+    "Unbatched",
+    "has_tensor",
+    "join",
+    "split_half",
+    "stack_inputs",
+    "strip",
+    "unbatched",
+    "unstack_outputs",
+]

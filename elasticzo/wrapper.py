@@ -1,0 +1,385 @@
+"""`ElasticZO`: any `nn.Module`, its head perturbed, its tail open to backpropagation."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elasticzo.check import check_stacked
+from elasticzo.cut import Tail, resolve_cut
+from elasticzo.distributed import refuse_sharded, refuse_wrapped
+from elasticzo.engine import NotByHalf, UsesGenerator, each_half, run_stacked, taken_over
+from elasticzo.losses import check_losses, select_source
+from elasticzo.passes import Pass
+from elasticzo.plan import build_plan, owner_of, promote
+from elasticzo.state import (
+    BufferSnapshot,
+    Slot,
+    all_buffers,
+    generator_state,
+    set_generator_state,
+)
+from elasticzo.tail import gate_on, tail_optimizer
+from elasticzo.trees import join, stack_inputs, strip, unstack_outputs
+from zo_kernels import BACKENDS, resolve_backend
+from zo_kernels._lib import MAX_QUERIES, NOISES
+
+COMPUTE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class ElasticZO(nn.Module):
+    """Train the first layers of `model` by zeroth-order optimisation, the last by backpropagation.
+
+    In `train()` a forward runs the model at `w + eps s z_q` and `w - eps s z_q` for every query q and
+    returns `[2Q, B, ...]`: half `2q` is +, half `2q + 1` is -. In `eval()` it is the model itself.
+    The projected gradient of a query is `g = (L+ - L-) / (2 eps)`; `ZOSGD.step` does the update.
+
+    Args:
+        model: any module. Its parameters are shared, never copied; those frozen before stay frozen.
+        tail: what backpropagation trains: module names (children included), the number of last
+            Linear / Conv / Embedding layers, 0 (Full ZO) or "all" (Full BP, one pass).
+        eps: perturbation scale.
+        noise: "normal" or "rademacher".
+        queries: directions a step, Q.
+        seed: of the run, in [0, 2^63).
+        pairing: "stacked" (the halves as one batch) or "sequential" (one after the other; inference's
+            activation memory; for models that mix rows or whose dimension 0 is not the batch).
+        backend: "auto", "triton", "numba" or "reference"; `self.backend` says which one runs.
+        compute_dtype: of matrix products and convolutions in the head; None is autocast's, or the
+            weight's own.
+        scale: {name pattern: s}: perturbs by `eps * s * z`; update and g use the same `s z`.
+        memory_budget, example_input: of tail="auto".
+    Shapes: inputs may be nested; tensors have the batch as dimension 0 or are declared `unbatched`.
+    Raises: ValueError, TypeError that name what was expected and what came.
+    Source: arXiv:2501.04287, abstract; Spall 1992 for the two-sided estimator.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tail: Tail,
+        eps: float = 1e-3,
+        noise: str = "normal",
+        queries: int = 1,
+        seed: int = 0,
+        pairing: str = "stacked",
+        backend: str = "auto",
+        compute_dtype: torch.dtype | None = None,
+        scale: Mapping[str, float] | None = None,
+        memory_budget: int | None = None,
+        example_input: Any = None,
+    ) -> None:
+        super().__init__()
+        _check_settings(model, tail, eps, noise, queries, seed, pairing, backend, compute_dtype)
+        if memory_budget is not None or example_input is not None:
+            raise ValueError("memory_budget and example_input belong to tail='auto', "
+                             f"got tail={tail!r}")
+        self.module = model
+        self.eps = float(eps)
+        self.noise = noise
+        self.queries = queries
+        self.seed = seed
+        self.pairing = pairing
+        self.compute_dtype = compute_dtype
+        self._wanted_backend = backend
+        self.cut = resolve_cut(model, tail)
+        self._plan = build_plan(model, self.cut, scale)
+        if pairing == "stacked" and self._plan.sequence_first and not self.cut.everything:
+            raise ValueError(
+                "pairing='stacked' needs the batch as dimension 0, but these modules have "
+                f"batch_first=False: {', '.join(self._plan.sequence_first)}; use "
+                "pairing='sequential'"
+            )
+        for name, p in model.named_parameters():
+            if name in self._plan.parameters:
+                p.requires_grad_(False)
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        resolve_backend(backend, device)
+        self._key = torch.tensor([seed, 0], dtype=torch.int64, device=device)
+        self._eps = torch.tensor(float(eps), dtype=torch.float64, device=device)
+        self._found = torch.zeros((), dtype=torch.float32, device=device)
+        self._gated = False  # whether `backward` looked at this step's losses
+        self._micro_batches = 0  # training forwards since the last step
+        self._verified = False
+        self._mixes_generator = False
+        self._moving: list[Slot] = []
+        self._before: BufferSnapshot | None = None  # buffers as the last step left them
+        self._seen: list[tuple[int, int]] = []  # head parameters as the last forward read them
+
+    # ---- what it is
+
+    @property
+    def halves(self) -> int:
+        """Halves of a training forward: 2Q, or 1 where there is nothing to perturb ("all")."""
+        return 1 if self.cut.everything else 2 * self.queries
+
+    @property
+    def backend(self) -> str:
+        """The backend that runs on the device of the parameters: triton, numba or reference."""
+        return resolve_backend(self._wanted_backend, self._key.device)
+
+    @property
+    def effective_pairing(self) -> str:
+        """How the halves really run: a model with parameters at its root runs one after the other."""
+        by_half = "" in self._plan.layers and self._plan.layers[""].kind == "fallback"
+        return "sequential" if by_half or self._mixes_generator else self.pairing
+
+    @property
+    def step_index(self) -> int:
+        """Steps done, skipped ones included. Reads the device."""
+        return int(self._key[1])
+
+    def named_head_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        names = self._plan.parameters
+        return ((n, p) for n, p in self.module.named_parameters() if n in names)
+
+    def head_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters that zeroth-order optimisation trains."""
+        return (p for _, p in self.named_head_parameters())
+
+    def named_tail_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        names = set(self.cut.tail_parameters)
+        return ((n, p) for n, p in self.module.named_parameters() if n in names)
+
+    def tail_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters that backpropagation trains."""
+        return (p for _, p in self.named_tail_parameters())
+
+    def extra_repr(self) -> str:
+        head = sum(p.numel() for p in self.head_parameters())
+        tail = sum(p.numel() for p in self.tail_parameters())
+        return (
+            f"head={head} parameters (ZO), tail={tail} (BP), eps={self.eps:g}, noise={self.noise}, "
+            f"queries={self.queries}, pairing={self.effective_pairing}, backend={self.backend}"
+        )
+
+    # ---- the forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """`train()`: `[2Q, B, ...]` of the perturbed halves; `eval()`: the model's own output."""
+        if not self.training:
+            return self.module(*strip(args), **strip(kwargs))
+        if self._verified:
+            return self._pair(args, kwargs)
+        return self._first_pair(args, kwargs)
+
+    def clean_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """One unperturbed training pass, `[1, B, ...]`: a third pass for whoever wants the tail to
+        learn from it (`pair_losses(...).mean().backward()`)."""
+        if not self.training:
+            raise RuntimeError("clean_forward is for train(); in eval() call the model itself")
+        current = self._new_pass(verify=False, halves=1, perturb=False)
+        return self._run(current, args, kwargs)
+
+    @torch.compiler.disable
+    def _first_pair(self, args: Any, kwargs: Any) -> Any:
+        """The first forward: finds what moves, and checks that every parameter was perturbed."""
+        device = self._key.device
+        snapshot = BufferSnapshot(all_buffers(self.module))
+        generator = generator_state(device)
+        self._moving = all_buffers(self.module)
+        for _ in range(len(self._plan.parameters) + 2):  # each retry settles one more module
+            current = self._new_pass(verify=True, halves=self.halves)
+            try:
+                with _watching_tail(self.module, self.cut.tail_parameters, current):
+                    output = self._run(current, args, kwargs)
+            except NotByHalf as problem:
+                self._promote(problem.layer.name, [h.name for *_, h in problem.layer.swaps])
+            except UsesGenerator:
+                self._mixes_generator = True
+                warnings.warn(
+                    "the model draws from torch's generator outside nn.Dropout; its halves run one "
+                    "after the other from the same generator state",
+                    stacklevel=4,
+                )
+            else:
+                missing = set(self._plan.parameters) - current.consumed
+                if not missing:
+                    self._moving = snapshot.moved()
+                    self._before = snapshot if self._before is None else self._before
+                    self._verified = True
+                    return output
+                name = min(missing)
+                self._promote(owner_of(self._plan, self.module, name), [name])
+            snapshot.restore()
+            set_generator_state(device, generator)
+            self._micro_batches -= 1
+        raise AssertionError("the plan of the model did not settle")
+
+    def _promote(self, layer: str, parameters: list[str]) -> None:
+        if not layer:
+            raise ValueError(
+                f"head parameter {parameters[0]!r} was not perturbed in the forward (it is not used, "
+                "or not through its module): freeze it with requires_grad_(False) before wrapping"
+            )
+        promote(self._plan, self.module, layer, parameters)
+
+    @torch.compiler.disable(recursive=False)
+    def _pair(self, args: Any, kwargs: Any) -> Any:
+        if self._before is None:
+            self._before = BufferSnapshot(self._moving)
+        return self._run(self._new_pass(verify=False, halves=self.halves), args, kwargs)
+
+    def _new_pass(self, verify: bool, halves: int, perturb: bool = True) -> Pass:
+        refuse_sharded(self)
+        self._seen = [(id(p), p.data_ptr()) for p in self.head_parameters()]
+        micro_batch = self._micro_batches
+        self._micro_batches += 1
+        return Pass(
+            self._key,
+            self._eps,
+            self.noise,
+            self.backend,
+            halves,
+            micro_batch,
+            perturb=perturb and not self.cut.everything,
+            verify=verify,
+        )
+
+    def _run(self, current: Pass, args: Any, kwargs: Any) -> Any:
+        n = current.halves
+        sequential = self.effective_pairing == "sequential" or n == 1
+        with taken_over(self.module, self._plan, current, self._moving, self.compute_dtype):
+            if not sequential:
+                stacked, current.unbatched = stack_inputs((args, kwargs), n)
+                output = run_stacked(self.module, current, *stacked)
+                return unstack_outputs(output, n)
+            a, k = strip(args), strip(kwargs)
+            outputs = each_half(current, self._moving, lambda half: self.module(*a, **k))
+            return join(
+                outputs, lambda x: torch.stack(list(x)) if isinstance(x[0], Tensor) else x[0]
+            )
+
+    def check(self, *args: Any, **kwargs: Any) -> None:
+        """Compare stacked with sequential pairing on these inputs, module by module.
+
+        Both run at a large temporary eps; weights, buffers and generators are as before afterwards.
+        Raises: ValueError that names the first module whose outputs differ.
+        """
+        check_stacked(self, args, kwargs)
+
+    # ---- losses and the tail
+
+    def backward(self, losses: Tensor, source: str = "mean") -> None:
+        """Backpropagate into the tail, and note on the device whether a loss is not finite.
+
+        Args:
+            losses: `[2Q]`, from `pair_losses`.
+            source: "mean" of the halves, or "plus" / "minus" of the first query alone.
+        """
+        check_losses(losses, self.halves)
+        finite = torch.isfinite(losses.detach()).all()
+        self._found = torch.maximum(self._found, (~finite).to(torch.float32))
+        self._gated = True
+        if not self.cut.tail_parameters:
+            return
+        loss = select_source(losses, source)
+        if not loss.requires_grad:
+            raise ValueError(
+                "the losses carry no gradient to the tail: was the forward under no_grad, or were "
+                "the losses detached?"
+            )
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def tail_optimizer(
+        self, cls: type[torch.optim.Optimizer], **settings: Any
+    ) -> torch.optim.Optimizer:
+        """An optimiser of any torch class on the tail, which skips the steps that the head skips.
+
+        Fused classes get `found_inf` on the device; others read the flag on the host.
+        """
+        return tail_optimizer(self, cls, **settings)
+
+    def gate(self) -> Tensor:
+        """1.0 where a loss of this step is not finite: `[]` float32 on the device."""
+        return gate_on(self)
+
+    # ---- nn.Module
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The state of the wrapped model, under its own keys."""
+        return self.module.state_dict(*args, **kwargs)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        return self.module.load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ElasticZO:
+        super()._apply(fn, recurse)
+        # `fn` may change a floating dtype: only the device is taken from it.
+        device = fn(self._key).device
+        resolve_backend(self._wanted_backend, device)
+        for name in ("_key", "_eps", "_found"):
+            setattr(self, name, getattr(self, name).to(device))
+        self._verified = False
+        self._before = None
+        return self
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> Sequence[str]:
+        refuse_wrapped("DistributedDataParallel")
+        return []
+
+
+def _check_settings(
+    model: Any,
+    tail: Any,
+    eps: float,
+    noise: str,
+    queries: int,
+    seed: int,
+    pairing: str,
+    backend: str,
+    compute_dtype: torch.dtype | None,
+) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    refuse_wrapped(type(model).__name__, model)
+    if isinstance(tail, str) and tail == "auto":
+        raise ValueError(
+            "tail='auto' is not available in this version: give module names or a number of layers"
+        )
+    if not (isinstance(eps, (int, float)) and 0.0 < eps < float("inf")):
+        raise ValueError(f"eps must be a finite number > 0, got {eps!r}")
+    if noise not in NOISES:
+        raise ValueError(f"noise must be one of {NOISES}, got {noise!r}")
+    if not (isinstance(queries, int) and 1 <= queries < MAX_QUERIES):
+        raise ValueError(f"queries must be an integer in [1, 2^24), got {queries!r}")
+    if not (isinstance(seed, int) and 0 <= seed < 1 << 63):
+        raise ValueError(f"seed must be an integer in [0, 2^63), got {seed!r}")
+    if pairing not in ("stacked", "sequential"):
+        raise ValueError(f"pairing must be 'stacked' or 'sequential', got {pairing!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    if compute_dtype is not None and compute_dtype not in COMPUTE_DTYPES:
+        raise ValueError(f"compute_dtype must be one of {COMPUTE_DTYPES}, got {compute_dtype}")
+
+
+class _watching_tail:
+    """Notes which tail module ran last, so that a head behind it can be named."""
+
+    def __init__(self, model: nn.Module, tail: Sequence[str], current: Pass) -> None:
+        self.owners = {name.rpartition(".")[0] for name in tail}
+        self.model, self.current = model, current
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> None:
+        for name, module in self.model.named_modules():
+            if name in self.owners:
+
+                def note(m: nn.Module, args: Any, *, name: str = name) -> None:
+                    self.current.tail_ran = name
+
+                self.handles.append(module.register_forward_pre_hook(note))
+
+    def __exit__(self, *exc: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+__all__ = ["ElasticZO"]
