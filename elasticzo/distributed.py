@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import nn
+from torch import Tensor, nn
 
 WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel")
 SHARDED = ("DTensor", "FlatParameter")
@@ -21,14 +19,13 @@ def refuse_wrapped(kind: str, model: nn.Module | None = None) -> None:
         raise ValueError("compile the wrapper, not the model: torch.compile(ElasticZO(model, ...))")
 
 
-def refuse_sharded(model: Any) -> None:
-    """Raise when parameters were sharded (FSDP) after wrapping."""
-    for name, p in model.named_parameters():
-        if type(p).__name__ in SHARDED or type(getattr(p, "data", p)).__name__ in SHARDED:
-            raise RuntimeError(
-                f"ElasticZO does not support sharded parameters yet: {name!r} is a "
-                f"{type(p).__name__} (FSDP); wrap the unsharded model"
-            )
+def refuse_sharded(name: str, p: Tensor) -> None:
+    """Raise for a parameter that was sharded (FSDP) after wrapping."""
+    if type(p).__name__ in SHARDED:
+        raise RuntimeError(
+            f"ElasticZO does not support sharded parameters yet: {name!r} is a {type(p).__name__} "
+            "(FSDP); wrap the unsharded model"
+        )
 
 
 __all__ = ["refuse_sharded", "refuse_wrapped"]

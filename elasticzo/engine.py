@@ -61,9 +61,18 @@ class _Reads(TorchFunctionMode):
 
 @contextmanager
 def taken_over(
-    model: nn.Module, plan: Plan, current: Pass, moving: Sequence[Slot], wanted: torch.dtype | None
+    model: nn.Module,
+    plan: Plan,
+    current: Pass,
+    moving: Sequence[Slot],
+    wanted: torch.dtype | None,
+    compiled: bool = False,
 ) -> Iterator[None]:
-    """Take over the forwards of the plan's layers for one pass."""
+    """Take over the forwards of the plan's layers for one pass.
+
+    Where the model around them is `compiled`, they are marked as not to be traced.
+    """
+    call = _call_untraced if compiled else _call
     patched: list[tuple[nn.Module, Any]] = []
     with ExitStack() as stack:
         if current.verify:
@@ -74,7 +83,7 @@ def taken_over(
                 patched.append((layer.module, before))
                 original = layer.module.forward
                 layer.module.__dict__["forward"] = partial(
-                    _call, current, layer, original, moving, wanted
+                    call, current, layer, original, moving, wanted
                 )
             yield
         finally:
@@ -85,7 +94,6 @@ def taken_over(
                     module.__dict__["forward"] = before
 
 
-@torch.compiler.disable
 def _call(
     current: Pass,
     layer: Layer,
@@ -108,6 +116,9 @@ def _call(
     if layer.kind == "dropout":
         return dropout(current, layer.module, layer.index, x)
     return _run_paired(current, layer, x, wanted)
+
+
+_call_untraced = torch.compiler.disable(_call)
 
 
 def _run_paired(current: Pass, layer: Layer, x: Tensor, wanted: torch.dtype | None) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,22 @@ from elasticzo.losses import check_losses, projected_gradients
 from elasticzo.trajectory import TrajectoryLog
 from elasticzo.wrapper import ElasticZO
 from zo_kernels import update_
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What `update_` works on: parameters, and for each its index, group and scale."""
+
+    params: list[Tensor]
+    tensors: list[int]
+    groups: list[int]
+    scales: list[float]
+
+
+_REPLACED = (
+    "head parameter {!r} is not the one this ZOSGD was built on: it was replaced; build ZOSGD after "
+    "loading or assigning parameters"
+)
 
 
 class ZOSGD(torch.optim.Optimizer):
@@ -49,6 +66,7 @@ class ZOSGD(torch.optim.Optimizer):
         self.clip = clip
         self._log: TrajectoryLog | None = None
         self._last_read_skips = 0
+        self._cached: tuple[tuple[float, ...], Targets] | None = None
         super().__init__(
             _complete_groups(model, groups), {"lr": lr, "weight_decay": weight_decay}
         )
@@ -58,6 +76,7 @@ class ZOSGD(torch.optim.Optimizer):
                     "lr and weight_decay must be >= 0, got "
                     f"{float(group['lr'])} and {float(group['weight_decay'])}"
                 )
+        self._known = {id(p) for group in self.param_groups for p in group["params"]}
         device = model._key.device
         self._skips = torch.zeros((), dtype=torch.int64, device=device)
         self.projected_gradient = torch.zeros(model.queries, dtype=torch.float64, device=device)
@@ -99,42 +118,44 @@ class ZOSGD(torch.optim.Optimizer):
         g = projected_gradients(losses, model._eps)
         self.projected_gradient = g
         coeff = (g if self.clip is None else g.clamp(-self.clip, self.clip)) / model.queries
-        params, tensors, groups, scales = self._targets()
-        if params:
+        targets = self._targets()
+        if targets.params:
             update_(
-                params,
+                targets.params,
                 model._key,
                 coeff,
                 rates,
                 decays,
                 found,
-                tensors=tensors,
-                groups=groups,
-                scales=scales,
+                tensors=targets.tensors,
+                groups=targets.groups,
+                scales=targets.scales,
                 noise=model.noise,
                 backend=model.backend,
             )
 
-    def _targets(self) -> tuple[list[Tensor], list[int], list[int], list[float]]:
-        """Head parameters with their index, group and scale; those of scale 0 are left alone by
-        the noise, and by weight decay only if it is 0."""
+    def _targets(self) -> Targets:
+        """Head parameters with their index, group and scale. Those of scale 0 take no part, unless
+        weight decay is to shrink them."""
+        decays = tuple(float(group["weight_decay"]) for group in self.param_groups)
+        if self._cached is None or self._cached[0] != decays:
+            self._cached = (decays, self._find_targets(decays))
+        return self._cached[1]
+
+    def _find_targets(self, decays: tuple[float, ...]) -> Targets:
         group_of = {id(p): i for i, g in enumerate(self.param_groups) for p in g["params"]}
-        params, tensors, groups, scales = [], [], [], []
+        found = Targets([], [], [], [])
         for name, p in self.model.named_head_parameters():
             head = self.model._plan.parameters[name]
             group = group_of.get(id(p))
             if group is None:
-                raise RuntimeError(
-                    f"head parameter {name!r} is not the one this ZOSGD was built on: it was "
-                    "replaced; build ZOSGD after loading or assigning parameters"
-                )
-            if head.scale == 0.0 and not self.param_groups[group]["weight_decay"]:
-                continue
-            params.append(p)
-            tensors.append(head.index)
-            groups.append(group)
-            scales.append(head.scale)
-        return params, tensors, groups, scales
+                raise RuntimeError(_REPLACED.format(name))
+            if head.scale != 0.0 or decays[group] != 0.0:
+                found.params.append(p)
+                found.tensors.append(head.index)
+                found.groups.append(group)
+                found.scales.append(head.scale)
+        return found
 
     def _take(self, losses: Any) -> Tensor:
         model = self.model
@@ -158,6 +179,8 @@ class ZOSGD(torch.optim.Optimizer):
                 "first"
             )
         for (name, p), seen in zip(model.named_head_parameters(), model._seen, strict=True):
+            if id(p) not in self._known:
+                raise RuntimeError(_REPLACED.format(name))
             if (id(p), p.data_ptr()) != seen:
                 raise RuntimeError(
                     f"head parameter {name!r} was replaced or moved between the forward and "
@@ -266,12 +289,12 @@ def _complete_groups(
 
 
 def _next_step(model: ElasticZO) -> None:
-    model._key[1] += 1
+    model._key.add_(model._next)
     _forget_forwards(model)
 
 
 def _forget_forwards(model: ElasticZO) -> None:
-    model._found = torch.zeros_like(model._found)
+    model._found.zero_()
     model._gated = False
     model._micro_batches = 0
     model._before = None

@@ -45,11 +45,17 @@ class Layer:
 
 @dataclass
 class Plan:
-    """All layers by module name, and the head's parameters by name."""
+    """All layers by module name, and the head's parameters by name.
+
+    Attributes:
+        slots: where each head parameter lives, (name, module, local name), in order of the model.
+        sequence_first: modules that read dimension 0 as time.
+    """
 
     layers: dict[str, Layer]
     parameters: dict[str, HeadParameter]
-    sequence_first: list[str]  # modules that read dimension 0 as time
+    slots: list[tuple[str, nn.Module, str]]
+    sequence_first: list[str]
 
 
 def build_plan(model: nn.Module, cut: Cut, scale: Mapping[str, float] | None) -> Plan:
@@ -61,7 +67,7 @@ def build_plan(model: nn.Module, cut: Cut, scale: Mapping[str, float] | None) ->
     """
     parameters = _head_parameters(model, cut, scale or {})
     by_id = {id(p): parameters[name] for name, p in model.named_parameters() if name in parameters}
-    plan = Plan({}, parameters, [])
+    plan = Plan({}, parameters, _slots(model, parameters), [])
     closed: list[str] = []
     dropouts = 0
     for name, module in model.named_modules():
@@ -119,6 +125,17 @@ def _head_parameters(
                 factor = float(value)
         found[name] = HeadParameter(name, index, factor)
     return found
+
+
+def _slots(
+    model: nn.Module, parameters: Mapping[str, HeadParameter]
+) -> list[tuple[str, nn.Module, str]]:
+    modules = dict(model.named_modules())
+    slots = []
+    for name in parameters:
+        owner, _, local = name.rpartition(".")
+        slots.append((name, modules[owner], local))
+    return slots
 
 
 def _own(module: nn.Module, by_id: Mapping[int, HeadParameter]) -> dict[str, HeadParameter]:

@@ -100,10 +100,15 @@ def _header(zo: ZOSGD) -> dict[str, Any]:
     """All that a replay depends on; the parameters as `ZOSGD` updates them."""
     model = zo.model
     names = {id(p): name for name, p in model.named_head_parameters()}
-    params, tensors, groups, scales = zo._targets()
+    targets = zo._targets()
     head = [
-        {"name": names[id(p)], "index": index, "group": group, "scale": scale}
-        for p, index, group, scale in zip(params, tensors, groups, scales, strict=True)
+        {
+            "name": names[id(p)],
+            "index": targets.tensors[i],
+            "group": targets.groups[i],
+            "scale": targets.scales[i],
+        }
+        for i, p in enumerate(targets.params)
     ]
     return {
         "format": FORMAT,

@@ -101,10 +101,12 @@ class ElasticZO(nn.Module):
         resolve_backend(backend, device)
         self._key = torch.tensor([seed, 0], dtype=torch.int64, device=device)
         self._eps = torch.tensor(float(eps), dtype=torch.float64, device=device)
+        self._next = torch.tensor([0, 1], dtype=torch.int64, device=device)
         self._found = torch.zeros((), dtype=torch.float32, device=device)
         self._gated = False  # whether `backward` looked at this step's losses
         self._micro_batches = 0  # training forwards since the last step
         self._verified = False
+        self._compiled = False  # whether torch.compile traces around the paired layers
         self._mixes_generator = False
         self._moving: list[Slot] = []
         self._before: BufferSnapshot | None = None  # buffers as the last step left them
@@ -134,8 +136,10 @@ class ElasticZO(nn.Module):
         return int(self._key[1])
 
     def named_head_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        names = self._plan.parameters
-        return ((n, p) for n, p in self.module.named_parameters() if n in names)
+        for name, module, local in self._plan.slots:
+            p = module._parameters[local]
+            assert p is not None
+            yield name, p
 
     def head_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters that zeroth-order optimisation trains."""
@@ -163,6 +167,8 @@ class ElasticZO(nn.Module):
         """`train()`: `[2Q, B, ...]` of the perturbed halves; `eval()`: the model's own output."""
         if not self.training:
             return self.module(*strip(args), **strip(kwargs))
+        if torch.compiler.is_compiling():
+            self._compiled = True
         if self._verified:
             return self._pair(args, kwargs)
         return self._first_pair(args, kwargs)
@@ -225,8 +231,10 @@ class ElasticZO(nn.Module):
         return self._run(self._new_pass(verify=False, halves=self.halves), args, kwargs)
 
     def _new_pass(self, verify: bool, halves: int, perturb: bool = True) -> Pass:
-        refuse_sharded(self)
-        self._seen = [(id(p), p.data_ptr()) for p in self.head_parameters()]
+        self._seen = []
+        for name, p in self.named_head_parameters():
+            refuse_sharded(name, p)
+            self._seen.append((id(p), p.data_ptr()))
         micro_batch = self._micro_batches
         self._micro_batches += 1
         return Pass(
@@ -243,7 +251,8 @@ class ElasticZO(nn.Module):
     def _run(self, current: Pass, args: Any, kwargs: Any) -> Any:
         n = current.halves
         sequential = self.effective_pairing == "sequential" or n == 1
-        with taken_over(self.module, self._plan, current, self._moving, self.compute_dtype):
+        settings = (self._moving, self.compute_dtype, self._compiled)
+        with taken_over(self.module, self._plan, current, *settings):
             if not sequential:
                 stacked, current.unbatched = stack_inputs((args, kwargs), n)
                 output = run_stacked(self.module, current, *stacked)
@@ -273,7 +282,7 @@ class ElasticZO(nn.Module):
         """
         check_losses(losses, self.halves)
         finite = torch.isfinite(losses.detach()).all()
-        self._found = torch.maximum(self._found, (~finite).to(torch.float32))
+        self._found.copy_(torch.maximum(self._found, (~finite).to(torch.float32)))
         self._gated = True
         if not self.cut.tail_parameters:
             return
@@ -314,7 +323,7 @@ class ElasticZO(nn.Module):
         # `fn` may change a floating dtype: only the device is taken from it.
         device = fn(self._key).device
         resolve_backend(self._wanted_backend, device)
-        for name in ("_key", "_eps", "_found"):
+        for name in ("_key", "_eps", "_next", "_found"):
             setattr(self, name, getattr(self, name).to(device))
         self._verified = False
         self._before = None

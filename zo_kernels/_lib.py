@@ -22,13 +22,27 @@ MAX_QUERIES = 1 << 24
 _LIBRARY = torch.library.Library("zo_kernels", "DEF")
 
 
-def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Define one op from its schema and return the handle that callers bind once."""
+def register(
+    schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Define one op from its schema and return what callers bind once.
+
+    In eager mode the implementation is called as it is: the dispatcher would cost as much as the
+    whole update of a small layer. Under torch.compile, or where a dispatch mode looks on (fake
+    tensors, tracing, profilers of operators), the registered op is called.
+    """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"zo_kernels::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.zo_kernels, name).default
+    handle = getattr(torch.ops.zo_kernels, name).default
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+            return handle(*args)
+        return implementation(*args)
+
+    return call
 
 
 @cache
@@ -93,7 +107,7 @@ def check_tensor(
     """
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
-    if shape is not None and tuple(t.shape) != tuple(shape):
+    if shape is not None and list(t.shape) != list(shape):
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(t.shape)}")
     if dtype is not None and t.dtype not in dtype:
         wanted = " or ".join(str(d) for d in dtype)

@@ -93,6 +93,8 @@ def _perturbed_weights_kernel(
             half = 2 * q + minus
             if (half >= start) & (half < stop):
                 b_half = b_w - b_shift if minus else b_w + b_shift
+                if out_ptr.dtype.element_ty.primitive_bitwidth == 16:
+                    b_half = b_half.to(tl.float32)  # from fp64 by way of fp32, as torch casts
                 # int64 also where INT64 is not set: the last half may begin beyond 2^31.
                 p_out = out_ptr + (half - start).to(tl.int64) * half_stride + o_out
                 tl.store(p_out, b_half.to(out_ptr.dtype.element_ty), mask=m_e)

@@ -326,6 +326,8 @@ def update_(
             f"{len(params)}, {len(tensors)}, {len(groups)}, {len(scales)}"
         )
     check_tensor("coeff", coeff, dtype=[torch.float64], device=device, vector=True)
+    if coeff.numel() == 0:
+        raise ValueError("coeff must have at least one query, got none")
     check_tensor("lr", lr, dtype=[torch.float64], device=device, vector=True)
     check_tensor(
         "weight_decay",

@@ -102,6 +102,7 @@ def sincos_turns(w):
 @njit(nogil=True, fastmath={"contract"}, cache=True)
 def fill_float(z, kind, group, count, c1, c2, c3, k0, k1):
     """Noise of `count` groups from `group` on: 4 normals or 128 signs a group."""
+    c1, c2, c3, k0, k1 = u32(c1), u32(c2), u32(c3), u32(k0), u32(k1)
     if kind == NORMAL:
         for g in range(count):
             w0, w1, w2, w3 = philox(u32(group + g), c1, c2, c3, k0, k1)
@@ -125,6 +126,7 @@ def fill_float(z, kind, group, count, c1, c2, c3, k0, k1):
 @njit(nogil=True, cache=True)
 def fill_int(z, kind, group, count, p0, r_max, c1, c2, c3, k0, k1):
     """Sparse integers (8 a group) or raw words (4 a group), into an int64 buffer."""
+    c1, c2, c3, k0, k1 = u32(c1), u32(c2), u32(c3), u32(k0), u32(k1)
     for g in range(count):
         words = philox(u32(group + g), c1, c2, c3, k0, k1)
         for word in range(4):

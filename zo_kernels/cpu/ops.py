@@ -1,11 +1,11 @@
-"""The ops on the CPU: fused sweeps for fp32 weights, fast noise and torch for the rest."""
+"""The ops on the CPU: fused sweeps for fp32 weights, fast noise and torch arithmetic for the rest."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from itertools import pairwise
+from dataclasses import dataclass
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from zo_kernels._layout import (
     PER_CALL,
-    Layout,
     groups_per_row,
     layout_of,
     rows_cols,
@@ -32,38 +31,65 @@ MASK = 0xFFFFFFFF
 PARALLEL_FROM = 1 << 19  # elements: below, a thread's hand-over costs more than it saves
 
 
+@dataclass(frozen=True)
+class _Walk:
+    """What a sweep needs to know of a weight's layout; `layout` is (cols, inner, three strides)."""
+
+    layout: tuple[int, int, int, int, int]
+    extent: int
+    kind: int
+    lanes: int
+    groups: int
+    contiguous: bool
+    dense: bool  # a half in the memory format of the weight lies as the weight does
+
+
+@lru_cache(maxsize=4096)
+def _walk(shape: torch.Size, strides: tuple[int, ...], noise: str) -> _Walk | None:
+    """How to sweep a weight of this layout; None where no sweep can walk it."""
+    w = torch.empty_strided(shape, strides, device="meta")
+    layout = layout_of(w)
+    if layout is None:
+        return None
+    return _Walk(
+        (layout.cols, layout.inner, layout.s_row, layout.s_outer, layout.s_inner),
+        layout.extent,
+        KINDS[noise],
+        PER_CALL[noise],
+        layout.rows * groups_per_row(layout.cols, noise),
+        w.is_contiguous(),
+        layout.extent == w.numel() and torch.empty_like(w).stride() == w.stride(),
+    )
+
+
 @cache
 def _pool(workers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(workers, thread_name_prefix="zo_kernels")
 
 
-def _over_threads(
-    sweep: Callable[..., None], args: tuple[Any, ...], groups: int, lanes: int
-) -> None:
+def _over_threads(sweep: Callable[..., None], args: tuple[Any, ...], walk: _Walk) -> None:
     """Run `sweep(*args, first, last)` over all groups, in parts where there is enough work."""
-    workers = torch.get_num_threads() if groups * lanes >= PARALLEL_FROM else 1
+    groups = walk.groups
+    workers = torch.get_num_threads() if groups * walk.lanes >= PARALLEL_FROM else 1
     if workers == 1:
         sweep(*args, 0, groups)
         return
     bounds = [groups * i // workers for i in range(workers + 1)]
-    for job in [_pool(workers).submit(sweep, *args, a, b) for a, b in pairwise(bounds)]:
+    pairs = zip(bounds[:-1], bounds[1:], strict=True)
+    for job in [_pool(workers).submit(sweep, *args, a, b) for a, b in pairs]:
         job.result()
 
 
-def _counters(key: Tensor, tensor: int, query: int, purpose: str = "noise") -> tuple[Any, ...]:
+def _words(key: Tensor, tensor: int, query: int, purpose: str = "noise") -> tuple[int, ...]:
+    """Counter words c1, c2, c3 and the two halves of the key."""
     seed, step = key.tolist()
     third = query + (PURPOSES[purpose] << 24)
-    u32 = np.uint32
-    return u32(tensor), u32(step & MASK), u32(third), u32(seed & MASK), u32(seed >> 32)
+    return tensor, step & MASK, third, seed & MASK, (seed >> 32) & MASK
 
 
 def _memory(t: Tensor, extent: int) -> Any:
     """The memory of a tensor as a flat numpy array."""
     return t.as_strided((extent,), (1,)).numpy()
-
-
-def _layout_args(layout: Layout) -> tuple[int, ...]:
-    return layout.cols, layout.inner, layout.s_row, layout.s_outer, layout.s_inner
 
 
 def sample(
@@ -80,14 +106,14 @@ def sample(
     rows, cols = rows_cols(shape)
     per_row = groups_per_row(cols, noise)
     groups, lanes = rows * per_row, PER_CALL[noise]
-    counters = _counters(key, tensor, query, purpose)
+    words = _words(key, tensor, query, purpose)
     if noise in KINDS:
         z = torch.empty(groups * lanes, dtype=torch.float32)
-        fill_float(z.numpy(), KINDS[noise], 0, groups, *counters)
+        fill_float(z.numpy(), KINDS[noise], 0, groups, *words)
     else:
         z = torch.empty(groups * lanes, dtype=torch.int64)
         kind = BITS if noise == "bits" else SPARSE
-        fill_int(z.numpy(), kind, 0, groups, round(65536 * p_zero), r_max, *counters)
+        fill_int(z.numpy(), kind, 0, groups, round(65536 * p_zero), r_max, *words)
     z = z.view(rows, per_row * lanes)[:, :cols]
     return to_shape(z.to(DTYPES[noise]), shape)
 
@@ -104,57 +130,75 @@ def perturbed_weights(
     scale: float = 1.0,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    out = empty_halves(w, stop - start, dtype)
-    layout = layout_of(w) if w.dtype == out.dtype == torch.float32 else None
-    if layout is None or layout_of(out[0]) != layout:
-        wide = compute_dtype(w)
-        amplitude = eps.to(wide) * torch.tensor(scale, dtype=wide)
-        for query in range(start // 2, (stop + 1) // 2):
-            z = sample(w.shape, key, tensor=tensor, query=query, noise=noise)
-            write_halves(out, w, amplitude, start, query, z)
-        return out
-    amplitude_ = np.float32(np.float32(eps.item()) * np.float32(scale))
-    lanes = PER_CALL[noise]
-    groups = layout.rows * groups_per_row(layout.cols, noise)
-    source = _memory(w, layout.extent)
-    for query in range(start // 2, (stop + 1) // 2):
-        plus, minus = 2 * query >= start, 2 * query + 1 < stop
-        first = out[2 * query - start if plus else 0]
-        distance = out.stride(0) if plus and minus else 0
-        target = _memory(first, layout.extent + distance)
-        noise_args = (KINDS[noise], lanes, *_counters(key, tensor, query))
-        args = (source, target, plus, minus, distance, amplitude_, _layout_args(layout), noise_args)
-        _over_threads(perturb_sweep, args, groups, lanes)
+    count = stop - start
+    if w.dtype != torch.float32 or dtype not in (None, torch.float32):
+        return _from_noise(w, key, eps, tensor, start, stop, noise, scale, dtype)
+    walk = _walk(w.shape, w.stride(), noise)
+    if walk is None or not (walk.contiguous or walk.dense):
+        # The same sweep over contiguous copies: the memory format does not show in the bits.
+        halves = torch.empty((count, *w.shape))
+        walk = _walk(halves.shape[1:], halves.stride()[1:], noise)
+        assert walk is not None
+        _sweep_halves(halves, w.contiguous(), walk, key, eps, tensor, start, stop, scale)
+        return empty_halves(w, count, dtype).copy_(halves)
+    out = torch.empty((count, *w.shape)) if walk.contiguous else empty_halves(w, count, dtype)
+    _sweep_halves(out, w, walk, key, eps, tensor, start, stop, scale)
     return out
 
 
-def _update_one(
+def _sweep_halves(
+    out: Tensor,
+    w: Tensor,
+    walk: _Walk,
+    key: Tensor,
+    eps: Tensor,
+    tensor: int,
+    start: int,
+    stop: int,
+    scale: float,
+) -> None:
+    """The fused sweep of an fp32 weight; each half of `out` lies as the weight does."""
+    size = w.numel()
+    if walk.contiguous:
+        source, target = w.numpy().reshape(-1), out.numpy().reshape(-1)
+    else:
+        source, target = _memory(w, size), _memory(out, size * out.shape[0])
+    amplitude = np.float32(np.float32(eps.item()) * np.float32(scale))
+    for query in range(start // 2, (stop + 1) // 2):
+        plus, minus = 2 * query >= start, 2 * query + 1 < stop
+        first = (2 * query - start) * size if plus else 0
+        args = (
+            source,
+            target[first:] if first else target,
+            plus,
+            minus,
+            size if plus and minus else 0,
+            amplitude,
+            walk.layout,
+            (walk.kind, walk.lanes, *_words(key, tensor, query)),
+        )
+        _over_threads(perturb_sweep, args, walk)
+
+
+def _from_noise(
     w: Tensor,
     key: Tensor,
-    coeff: Any,
-    scale: float,
-    lr: float,
-    decay: float,
+    eps: Tensor,
     tensor: int,
+    start: int,
+    stop: int,
     noise: str,
-) -> bool:
-    """The fused update of one fp32 weight; False where its layout is not one we sweep."""
-    layout = layout_of(w) if w.dtype == torch.float32 else None
-    if layout is None:
-        return False
-    lanes = PER_CALL[noise]
-    f32 = np.float32
-    args = (
-        _memory(w, layout.extent),
-        coeff,
-        f32(scale),
-        f32(lr),
-        f32(decay),
-        _layout_args(layout),
-        (KINDS[noise], lanes, *_counters(key, tensor, 0)),
-    )
-    _over_threads(update_sweep, args, layout.rows * groups_per_row(layout.cols, noise), lanes)
-    return True
+    scale: float,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """Other dtypes: fast noise, the reference's arithmetic."""
+    out = empty_halves(w, stop - start, dtype)
+    wide = compute_dtype(w)
+    amplitude = eps.to(wide) * torch.tensor(scale, dtype=wide)
+    for query in range(start // 2, (stop + 1) // 2):
+        z = sample(w.shape, key, tensor=tensor, query=query, noise=noise)
+        write_halves(out, w, amplitude, start, query, z)
+    return out
 
 
 @torch.no_grad()
@@ -173,14 +217,29 @@ def update_(
 ) -> None:
     if skip.item() != 0:
         return
+    f32 = np.float32
     coeff32 = coeff.to(torch.float32).numpy()
-    rates, decays = lr.tolist(), weight_decay.tolist()
+    rates = [(f32(a), f32(b)) for a, b in zip(lr.tolist(), weight_decay.tolist(), strict=True)]
+    words = _words(key, 0, 0)[1:]
     for w, tensor, group, scale in zip(params, tensors, groups, scales, strict=True):
-        if not _update_one(w, key, coeff32, scale, rates[group], decays[group], tensor, noise):
-            new = updated(
-                w, key, coeff, lr[group], weight_decay[group], tensor, scale, noise, sample
-            )
-            w.copy_(new)
+        if w.dtype != torch.float32:
+            rate, decay = lr[group], weight_decay[group]
+            w.copy_(updated(w, key, coeff, rate, decay, tensor, scale, noise, sample))
+            continue
+        walk = _walk(w.shape, w.stride(), noise)
+        target = w
+        if walk is None:
+            target = w.contiguous()
+            walk = _walk(target.shape, target.stride(), noise)
+            assert walk is not None
+        memory = (
+            target.numpy().reshape(-1) if walk.contiguous else _memory(target, walk.extent)
+        )
+        named = (walk.kind, walk.lanes, tensor, *words)
+        args = (memory, coeff32, f32(scale), *rates[group], walk.layout, named)
+        _over_threads(update_sweep, args, walk)
+        if target is not w:
+            w.copy_(target)
 
 
 @torch.no_grad()
@@ -195,9 +254,7 @@ def perturb_(
 ) -> None:
     wide = compute_dtype(w)
     z = sample(w.shape, key, tensor=tensor, query=query, noise=noise)
-    w.add_((alpha.to(wide) * z.to(wide)).to(w.dtype)) if w.dtype == wide else w.copy_(
-        w.to(wide) + alpha.to(wide) * z.to(wide)
-    )
+    w.add_(alpha.to(wide) * z.to(wide))  # in the wider of the two dtypes, then rounded once
 
 
 __all__ = ["perturb_", "perturbed_weights", "sample", "update_"]

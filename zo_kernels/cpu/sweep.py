@@ -20,10 +20,12 @@ def perturb_sweep(w, out, has_plus, has_minus, minus, amplitude, layout, noise, 
     """`out[i] = w[i] + a z` and `out[minus + i] = w[i] - a z`, whichever halves are wanted.
 
     `w` and `out` are flat views of memory, `minus` the distance between the halves;
-    layout = (cols, inner, s_row, s_outer, s_inner); noise = (kind, lanes, c1, c2, c3, k0, k1).
+    layout = (cols, inner, s_row, s_outer, s_inner); noise = (kind, lanes, counter words c1, c2, c3, the key's two words).
     """
     cols, inner, s_row, s_outer, s_inner = layout
-    kind, lanes, c1, c2, c3, k0, k1 = noise
+    kind, lanes, w1, w2, w3, w4, w5 = noise
+    c1, c2, c3 = np.uint32(w1), np.uint32(w2), np.uint32(w3)
+    k0, k1 = np.uint32(w4), np.uint32(w5)
     per_row = (cols + lanes - 1) // lanes
     z = np.empty(CHUNK, np.float32)
     step = CHUNK // lanes
@@ -67,16 +69,26 @@ def perturb_sweep(w, out, has_plus, has_minus, minus, amplitude, layout, noise, 
 def update_sweep(w, coeff, scale, lr, decay, layout, noise, first, last):
     """`w -= lr * (scale * sum_q coeff_q z_q + decay * w)`: one read and one write of `w`."""
     cols, inner, s_row, s_outer, s_inner = layout
-    kind, lanes, c1, c2, c3, k0, k1 = noise
+    kind, lanes, w1, w2, w3, w4, w5 = noise
+    c1, c2, c3 = np.uint32(w1), np.uint32(w2), np.uint32(w3)
+    k0, k1 = np.uint32(w4), np.uint32(w5)
     per_row = (cols + lanes - 1) // lanes
     z = np.empty(CHUNK, np.float32)
     total = np.empty(CHUNK, np.float32)
     step = CHUNK // lanes
+    queries = coeff.shape[0]
     for g0 in range(first, last, step):
         end = min(g0 + step, last)
         n = (end - g0) * lanes
-        total[:n] = 0
-        for q in range(coeff.shape[0]):
+        fill_float(total, kind, g0, end - g0, c1, c2, c3, k0, k1)
+        weight = scale
+        if queries == 1:
+            weight = scale * coeff[0]
+        else:
+            c = coeff[0]
+            for i in range(n):
+                total[i] *= c
+        for q in range(1, queries):
             fill_float(z, kind, g0, end - g0, c1, c2, np.uint32(c3 + np.uint32(q)), k0, k1)
             c = coeff[q]
             for i in range(n):
@@ -95,11 +107,11 @@ def update_sweep(w, coeff, scale, lr, decay, layout, noise, first, last):
                     w_run, total_run = w[base : base + run], total[at : at + run]
                     for i in range(run):
                         x = w_run[i]
-                        w_run[i] = x - lr * (scale * total_run[i] + decay * x)
+                        w_run[i] = x - lr * (weight * total_run[i] + decay * x)
                 else:
                     for i in range(run):
                         p = base + i * s_inner
-                        w[p] -= lr * (scale * total[at + i] + decay * w[p])
+                        w[p] -= lr * (weight * total[at + i] + decay * w[p])
                 col += run
                 at += run
             g = g_end

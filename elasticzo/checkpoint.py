@@ -1,0 +1,131 @@
+"""Checkpoints: a state written whole or not at all, and read without running any of its code.
+
+A file is what `torch.save` writes of `{"format", "version", "digest", "state"}`; the digest is of the
+state's bytes, so that a damaged file is noticed wherever the damage is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["load_checkpoint", "save_checkpoint"]
+
+FORMAT = "elasticzo-checkpoint"
+VERSION = 1
+SCALARS = (str, int, float, bool, type(None))
+
+
+def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
+    """Write a state; whoever reads `path` sees the old file or the new one, never a part.
+
+    The file is written beside its place, flushed to the disk, and then moved over `path`.
+
+    Args:
+        path: of the file; its folder must exist.
+        state: dictionaries, lists and tuples of tensors (any device), strings, numbers and None.
+    Raises:
+        TypeError: names the entry that is of another type.
+    """
+    path = Path(path)
+    state = _on_cpu(state, "state")
+    content = {"format": FORMAT, "version": VERSION, "digest": _digest(state), "state": state}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a state that `save_checkpoint` wrote; tensors come to the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, no checkpoint, or of another version; names the path.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever zip, pickle and torch raise on foreign or cut-off bytes
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} is not a checkpoint, or is damaged: {reason}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a checkpoint of elasticzo: expected format {FORMAT!r}")
+    if content.get("version") != VERSION:
+        raise ValueError(
+            f"{path}: expected checkpoint version {VERSION}, got {content.get('version')!r}"
+        )
+    state = content.get("state")
+    if not isinstance(state, dict) or _digest(state) != content.get("digest"):
+        raise ValueError(f"{path} is damaged: its content does not match its digest")
+    return state
+
+
+def _on_cpu(value: Any, name: str) -> Any:
+    """A copy with every tensor on the CPU and every container a plain one."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, dict):
+        return {k: _on_cpu(v, f"{name}[{k!r}]") for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [_on_cpu(v, f"{name}[{i}]") for i, v in enumerate(value)]
+        return tuple(items) if isinstance(value, tuple) else items
+    if not isinstance(value, SCALARS):
+        raise TypeError(
+            f"{name} must be a tensor, a string, a number, None or a container of those, "
+            f"got {type(value).__name__}"
+        )
+    return value
+
+
+def _digest(state: Any) -> str:
+    digest = hashlib.sha256()
+    for part in _parts(state):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """The bytes of a state, each value led by its type, shape or length."""
+    if isinstance(value, Tensor):
+        yield f"tensor {value.dtype} {list(value.shape)};".encode()
+        yield value.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    elif isinstance(value, dict):
+        yield f"dict {len(value)};".encode()
+        for key, item in value.items():
+            yield f"{key!r}:".encode()
+            yield from _parts(item)
+    elif isinstance(value, (list, tuple)):
+        yield f"list {len(value)};".encode()
+        for item in value:
+            yield from _parts(item)
+    else:
+        yield f"{value!r};".encode()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the new name itself survive a power cut; not every system can."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
