@@ -1,7 +1,7 @@
 """Checkpoints: a state written whole or not at all, and read without running any of its code.
 
-A file is what `torch.save` writes of `{"format", "version", "digest", "state"}`; the digest is of the
-state's bytes, so that a damaged file is noticed wherever the damage is.
+A file is what `torch.save` writes of `{"format", "version", "digest", "state"}`; the digest is of
+the state's bytes, so that a damaged file is noticed wherever the damage is.
 """
 
 from __future__ import annotations

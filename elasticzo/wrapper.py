@@ -98,7 +98,7 @@ class ElasticZO(nn.Module):
             if name in self._plan.parameters:
                 p.requires_grad_(False)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        resolve_backend(backend, device)
+        self._backend = resolve_backend(backend, device)
         self._key = torch.tensor([seed, 0], dtype=torch.int64, device=device)
         self._eps = torch.tensor(float(eps), dtype=torch.float64, device=device)
         self._next = torch.tensor([0, 1], dtype=torch.int64, device=device)
@@ -122,7 +122,7 @@ class ElasticZO(nn.Module):
     @property
     def backend(self) -> str:
         """The backend that runs on the device of the parameters: triton, numba or reference."""
-        return resolve_backend(self._wanted_backend, self._key.device)
+        return self._backend
 
     @property
     def effective_pairing(self) -> str:
@@ -322,7 +322,7 @@ class ElasticZO(nn.Module):
         super()._apply(fn, recurse)
         # `fn` may change a floating dtype: only the device is taken from it.
         device = fn(self._key).device
-        resolve_backend(self._wanted_backend, device)
+        self._backend = resolve_backend(self._wanted_backend, device)
         for name in ("_key", "_eps", "_next", "_found"):
             setattr(self, name, getattr(self, name).to(device))
         self._verified = False

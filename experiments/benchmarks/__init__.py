@@ -1,0 +1,1 @@
+"""Benchmarks: one command each; they verify before they time."""

@@ -1,0 +1,155 @@
+"""What a whole zeroth-order step costs on the CPU, against two plain forwards and a MeZO-style loop.
+
+`python -m experiments.benchmarks.step_cpu` verifies, then times LeNet-5 at batch 32 and 256. The three
+are run in turn, so that a drift of the machine meets all of them; ratios are medians of the ratios of
+each round. JSON goes to `experiments/results/step_cpu.json`.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
+
+from elasticzo import ZOSGD, ElasticZO, pair_losses
+from elasticzo.models import LeNet5
+from experiments.benchmarks.report import environment, write_json
+
+EPS, LR = 1e-3, 1e-6
+RESULT = Path("experiments/results/step_cpu.json")
+
+
+@dataclass
+class Config:
+    """Settings of the benchmark."""
+
+    batches: tuple[int, ...] = (32, 256)
+    """Batch sizes."""
+    rounds: int = 200
+    """Timed rounds; each runs every contestant once."""
+    threads: int = 2
+    """CPU threads of torch."""
+    out: Path = RESULT
+    """Where the JSON goes."""
+
+
+class MeZOStyle:
+    """The published loop (Malladi et al. 2023, algorithm 1) in our own words: perturb in place by
+    +eps, -2 eps, +eps from a re-seeded generator, then the update from the same seed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.params = list(model.parameters())
+        self.step_seed = 0
+
+    def _walk(self, scale: float) -> None:
+        generator = torch.Generator().manual_seed(self.step_seed)
+        for p in self.params:
+            z = torch.normal(0.0, 1.0, p.shape, generator=generator)
+            p.add_(z, alpha=scale)
+
+    @torch.no_grad()
+    def step(self, x: Tensor, y: Tensor) -> float:
+        self.step_seed += 1
+        self._walk(EPS)
+        plus = F.cross_entropy(self.model(x), y)
+        self._walk(-2 * EPS)
+        minus = F.cross_entropy(self.model(x), y)
+        self._walk(EPS)
+        g = ((plus - minus) / (2 * EPS)).item()
+        self._walk(-LR * g)
+        return g
+
+
+def verify() -> None:
+    """Refuse to time what is wrong: both estimate the derivative along their own direction."""
+    torch.manual_seed(0)
+    net, x, y = LeNet5().double(), torch.randn(8, 1, 28, 28).double(), torch.arange(8)
+    model = ElasticZO(net, tail="all")
+    F.cross_entropy(model.module(x), y).backward()
+    slope = sum(float(p.grad.square().sum()) for p in net.parameters() if p.grad is not None)
+    zo_net = LeNet5().double()
+    zo_net.load_state_dict(net.state_dict())
+    wrapped = ElasticZO(zo_net, tail=0, eps=1e-5, queries=200).train()
+    zo = ZOSGD(wrapped, lr=0.0)
+    zo.step(pair_losses(F.cross_entropy, wrapped(x), y))
+    measured = float(zo.projected_gradient.square().mean())
+    # E[g^2] = |grad|^2, relative deviation sqrt(2 / 200) = 0.1: 5 sigma.
+    if not abs(measured / slope - 1) < 0.5:
+        raise SystemExit(f"the estimate is wrong: E[g^2] = {measured}, |grad|^2 = {slope}")
+
+
+def contestants(batch: int) -> dict[str, Callable[[], object]]:
+    torch.manual_seed(0)
+    x, y = torch.randn(batch, 1, 28, 28), torch.randint(0, 10, (batch,))
+    x2 = torch.cat([x, x])
+    plain = LeNet5().eval()
+    mezo = MeZOStyle(LeNet5().eval())
+    model = ElasticZO(LeNet5(), tail=0, eps=EPS).train()
+    zo = ZOSGD(model, lr=LR)
+
+    def two_forwards() -> None:
+        with torch.no_grad():
+            plain(x)
+            plain(x)
+
+    def one_double_forward() -> None:
+        with torch.no_grad():
+            plain(x2)
+
+    def elasticzo_step() -> None:
+        losses = pair_losses(F.cross_entropy, model(x), y)
+        model.backward(losses)
+        zo.step(losses)
+
+    return {
+        "two_forwards": two_forwards,
+        "one_double_forward": one_double_forward,
+        "elasticzo_step": elasticzo_step,
+        "mezo_style_step": lambda: mezo.step(x, y),
+    }
+
+
+def measure(batch: int, rounds: int) -> dict[str, float]:
+    """Median milliseconds of each contestant, and medians of the paired ratios."""
+    runs = contestants(batch)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for i in range(rounds + 20):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if i >= 20:  # warm-up: compilation, caches, the first forward's checks
+                times[name].append(time.perf_counter() - start)
+    result = {f"{name}_ms": 1e3 * statistics.median(t) for name, t in times.items()}
+    for name in ("elasticzo_step", "mezo_style_step", "one_double_forward"):
+        ratios = [a / b for a, b in zip(times[name], times["two_forwards"], strict=True)]
+        result[f"{name}_over_two_forwards"] = statistics.median(ratios)
+    return result
+
+
+def main(config: Config) -> None:
+    torch.set_num_threads(config.threads)
+    verify()
+    rows = {}
+    for batch in config.batches:
+        rows[str(batch)] = row = measure(batch, config.rounds)
+        print(
+            f"batch {batch}: two forwards {row['two_forwards_ms']:.2f} ms, step "
+            f"{row['elasticzo_step_ms']:.2f} ms = {row['elasticzo_step_over_two_forwards']:.2f}x, "
+            f"MeZO-style {row['mezo_style_step_ms']:.2f} ms = "
+            f"{row['mezo_style_step_over_two_forwards']:.2f}x"
+        )
+    command = "python -m experiments.benchmarks.step_cpu"
+    write_json(config.out, {"command": command, **environment(), "batches": rows})
+    print(f"wrote {config.out}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
