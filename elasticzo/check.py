@@ -44,7 +44,7 @@ class _Recorder:
 
 
 def check_stacked(model: ElasticZO, args: Any, kwargs: Any) -> None:
-    """Raise ValueError naming the first module whose stacked outputs differ from sequential ones."""
+    """Raise ValueError naming the first module whose stacked outputs differ from sequential."""
     if not model.training:
         raise RuntimeError("check compares training forwards: call model.train() first")
     if model.cut.everything or model.effective_pairing == "sequential":
@@ -94,14 +94,14 @@ def _refuse(model: ElasticZO, name: str, what: str) -> None:
 
 
 @torch.no_grad()
-def _record(
-    model: ElasticZO, pairing: str, args: Any, kwargs: Any
-) -> dict[Record, list[Tensor]]:
+def _record(model: ElasticZO, pairing: str, args: Any, kwargs: Any) -> dict[Record, list[Tensor]]:
     """Outputs of one pass; everything it moves is put back."""
     device = model._key.device
     snapshot = BufferSnapshot(all_buffers(model.module))
     generator = generator_state(device)
-    saved = {k: getattr(model, k) for k in ("pairing", "_eps", "_micro_batches", "_before", "_seen")}
+    saved = {
+        k: getattr(model, k) for k in ("pairing", "_eps", "_micro_batches", "_before", "_seen")
+    }
     recorder = _Recorder(model.module)
     new_pass = model._new_pass
 
@@ -116,7 +116,7 @@ def _record(
                 model(*args, **kwargs)
             model.pairing = pairing
             model._eps = torch.full_like(model._eps, CHECK_EPS)
-            model._new_pass = noting_pass  # type: ignore[method-assign]
+            model.__dict__["_new_pass"] = noting_pass
             recorder.attach(stack)
             model(*args, **kwargs)
         finally:

@@ -46,7 +46,9 @@ def resolve_cut(model: nn.Module, tail: Tail) -> Cut:
         TypeError: a `tail` of another kind.
     """
     everything = isinstance(tail, str) and tail == "all"
-    names = {name for name, _ in model.named_modules()} if everything else _tail_modules(model, tail)
+    names = (
+        {name for name, _ in model.named_modules()} if everything else _tail_modules(model, tail)
+    )
     trainable = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
     owners: dict[int, tuple[list[str], list[str]]] = {key: ([], []) for key in trainable}
     for module_name, module in model.named_modules(remove_duplicate=False):
@@ -85,19 +87,24 @@ def _tail_modules(model: nn.Module, tail: Tail) -> set[str]:
 def _with_children(model: nn.Module, name: object) -> Iterator[str]:
     known = dict(model.named_modules(remove_duplicate=False))
     if not isinstance(name, str) or not name or name not in known:
-        layers = ", ".join(n for n, m in known.items() if n and any(True for _ in m.parameters(False)))
+        layers = ", ".join(n for n, m in known.items() if n and _owns(m))
         raise ValueError(f"tail names an unknown module {name!r}; layers of this model: {layers}")
     for inner, _ in known[name].named_modules(remove_duplicate=False):
         yield f"{name}.{inner}" if inner else name
 
 
+def _owns(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters(recurse=False))
+
+
 def _last_layers(model: nn.Module, count: int) -> set[str]:
     """The last `count` weight layers, and all that is registered behind the first of them."""
-    owning = [(name, m) for name, m in model.named_modules() if any(True for _ in m.parameters(False))]
+    owning = [(name, m) for name, m in model.named_modules() if _owns(m)]
     counted = [i for i, (_, m) in enumerate(owning) if isinstance(m, COUNTED)]
     if not 0 <= count <= len(counted):
         raise ValueError(
-            f"tail as a number of last layers must be in 0..{len(counted)} for this model, got {count}"
+            f"tail as a number of last layers must be in 0..{len(counted)} for this model, "
+            f"got {count}"
         )
     if count == 0:
         return set()

@@ -12,8 +12,8 @@ def refuse_wrapped(kind: str, model: nn.Module | None = None) -> None:
     """Raise for a model inside a distributed or compiled wrapper."""
     if model is None or kind in WRAPPERS:
         raise RuntimeError(
-            f"ElasticZO does not support {kind} yet: run one process a model, or average the scalar "
-            "losses over processes yourself before zo.step"
+            f"ElasticZO does not support {kind} yet: run one process a model, or average the "
+            "scalar losses over processes yourself before zo.step"
         )
     if kind == "OptimizedModule":
         raise ValueError("compile the wrapper, not the model: torch.compile(ElasticZO(model, ...))")

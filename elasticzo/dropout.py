@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elasticzo.layers import halves_of
 from elasticzo.passes import Pass
 from zo_kernels import sample
 
@@ -21,7 +22,12 @@ DROPOUTS = (
     nn.AlphaDropout,
     nn.FeatureAlphaDropout,
 )
-BY_CHANNEL = {nn.Dropout1d: 1, nn.Dropout2d: 2, nn.Dropout3d: 3, nn.FeatureAlphaDropout: None}
+BY_CHANNEL: dict[type[nn.Module], int | None] = {
+    nn.Dropout1d: 1,
+    nn.Dropout2d: 2,
+    nn.Dropout3d: 3,
+    nn.FeatureAlphaDropout: None,
+}
 ALPHA_PRIME = -1.7580993408473766  # -scale * alpha of SELU: what a dropped unit becomes
 CALL_BITS = 12
 
@@ -32,8 +38,10 @@ def _mask_shape(m: nn.Module, shape: torch.Size) -> torch.Size:
         return shape
     spatial = BY_CHANNEL[type(m)]
     if spatial is not None and len(shape) not in (spatial + 1, spatial + 2):
-        raise ValueError(f"{type(m).__name__} expects {spatial + 1} or {spatial + 2} dimensions, "
-                         f"got {len(shape)}")
+        raise ValueError(
+            f"{type(m).__name__} expects {spatial + 1} or {spatial + 2} dimensions, "
+            f"got {len(shape)}"
+        )
     kept = len(shape) - spatial if spatial is not None else 2
     return torch.Size([*shape[:kept], *([1] * (len(shape) - kept))])
 
@@ -55,15 +63,17 @@ def dropout(current: Pass, m: Any, index: int, x: Tensor) -> Tensor:
         backend=current.backend,
     )
     keep = bits >= round(m.p * 2**32)
-    halves = x.unflatten(0, (n, -1))
+    halves = halves_of(x, n)
     if isinstance(m, (nn.AlphaDropout, nn.FeatureAlphaDropout)):
         if m.p == 1.0:
             return torch.zeros_like(x)
         a = ((1.0 - m.p) * (1.0 + m.p * ALPHA_PRIME**2)) ** -0.5
         dropped = torch.where(keep, halves, ALPHA_PRIME)
-        return (a * dropped - a * m.p * ALPHA_PRIME).flatten(0, 1)
+        alpha: Tensor = a * dropped - a * m.p * ALPHA_PRIME
+        return alpha.flatten(0, 1)
     scale = 0.0 if m.p == 1.0 else 1.0 / (1.0 - m.p)
-    return (halves * (keep.to(x.dtype) * scale)).flatten(0, 1)
+    kept: Tensor = halves * (keep.to(x.dtype) * scale)
+    return kept.flatten(0, 1)
 
 
 __all__ = ["DROPOUTS", "dropout"]

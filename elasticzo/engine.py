@@ -1,4 +1,4 @@
-"""Running a model for the halves of the pair: module forwards are taken over for the time of a pass.
+"""Running a model for the halves of the pair: module forwards are taken over during a pass.
 
 Nothing of the model is replaced for good: outside a training forward it is the model it was.
 """
@@ -47,9 +47,7 @@ class _Reads(TorchFunctionMode):
         super().__init__()
         self.current = current
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if self.current.watched and has_tensor(result):  # `.shape`, `.dtype` read no value
             for leaf in pytree.tree_leaves((args, kwargs)):
@@ -118,7 +116,7 @@ def _call(
     return _run_paired(current, layer, x, wanted)
 
 
-_call_untraced = torch.compiler.disable(_call)
+_call_untraced: Callable[..., Any] = torch.compiler.disable(_call)  # type: ignore[no-untyped-call]
 
 
 def _run_paired(current: Pass, layer: Layer, x: Tensor, wanted: torch.dtype | None) -> Tensor:
@@ -220,9 +218,7 @@ def _square_masks(layer: Layer, args: Any, kwargs: Any) -> set[int]:
     return {id(mask)} if isinstance(mask, Tensor) and mask.dim() == 2 else set()
 
 
-def each_half(
-    current: Pass, slots: Sequence[Slot], run: Callable[[int], Any]
-) -> list[Any]:
+def each_half(current: Pass, slots: Sequence[Slot], run: Callable[[int], Any]) -> list[Any]:
     """`run(half)` for every half, each from the same buffers and the same generator state.
 
     Afterwards floating buffers hold their mean over the halves, and the generator has moved once.

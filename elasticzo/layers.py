@@ -1,7 +1,7 @@
 """Paired layers: known modules that serve all halves of a stacked batch in one call.
 
-A stacked input is `[n * B, ...]`, half after half; `W` and `b` come as `[n, ...]`. Every function here
-takes the module (for its settings), the input, the staged parameters by name and n.
+A stacked input is `[n * B, ...]`, half after half; `W` and `b` come as `[n, ...]`. Every function
+here takes the module (for its settings), the input, the staged parameters by name and n.
 """
 
 from __future__ import annotations
@@ -15,6 +15,11 @@ from torch import Tensor, nn
 
 Staged = dict[str, Tensor | None]
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def halves_of(x: Tensor, n: int) -> Tensor:
+    """`[n * B, ...]` seen as `[n, B, ...]`."""
+    return x.reshape(n, x.shape[0] // n, *x.shape[1:])
 
 
 def by_half(x: Tensor, n: int, run: Callable[[Tensor, int], Tensor]) -> Tensor:
@@ -33,7 +38,7 @@ def linear(m: nn.Linear, x: Tensor, staged: Staged, n: int) -> Tensor:
     assert w is not None
     if n == 1:
         return F.linear(x, w[0], _pick(b, 0))
-    rows = x.unflatten(0, (n, -1)).flatten(1, -2)  # [n, rows, K]
+    rows = halves_of(x, n).flatten(1, -2)  # [n, rows, K]
     w_t = w.transpose(1, 2)
     y = torch.bmm(rows, w_t) if b is None else torch.baddbmm(b.unsqueeze(1), rows, w_t)
     return y.reshape(*x.shape[:-1], y.shape[-1])
@@ -64,7 +69,7 @@ def embedding(m: nn.Embedding, x: Tensor, staged: Staged, n: int) -> Tensor:
     assert w is not None
     # One table of all halves, each looking into its own part.
     offset = torch.arange(n, device=x.device).mul_(w.shape[1])
-    rows = (x.unflatten(0, (n, -1)) + offset.view(n, *([1] * x.dim()))).flatten(0, 1)
+    rows = (halves_of(x, n) + offset.view(n, *([1] * x.dim()))).flatten(0, 1)
     return F.embedding(rows, w.flatten(0, 1))
 
 
@@ -93,9 +98,10 @@ def batch_norm(m: Any, x: Tensor, staged: Staged, n: int) -> Tensor:
         )
     m.num_batches_tracked.add_(1)
     momentum = 1.0 / float(m.num_batches_tracked) if m.momentum is None else m.momentum
-    means, variances = [m.running_mean.clone() for _ in range(n)], [
-        m.running_var.clone() for _ in range(n)
-    ]
+    means, variances = (
+        [m.running_mean.clone() for _ in range(n)],
+        [m.running_var.clone() for _ in range(n)],
+    )
     y = by_half(
         x,
         n,
@@ -122,4 +128,4 @@ PAIRED: dict[type[nn.Module], Callable[..., Tensor]] = {
 MATMULS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-__all__ = ["BATCH_NORMS", "MATMULS", "PAIRED", "by_half"]
+__all__ = ["BATCH_NORMS", "MATMULS", "PAIRED", "by_half", "halves_of"]

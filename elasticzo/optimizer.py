@@ -19,25 +19,30 @@ from zo_kernels import update_
 
 @dataclass(frozen=True)
 class Targets:
-    """What `update_` works on: parameters, and for each its index, group and scale."""
+    """What `update_` works on: parameters, and for each its index, group and scale.
+
+    `still` lists (place in `params`, row): padding rows of embeddings, which stay as they are.
+    """
 
     params: list[Tensor]
     tensors: list[int]
     groups: list[int]
     scales: list[float]
+    still: list[tuple[int, int]]
 
 
 _REPLACED = (
-    "head parameter {!r} is not the one this ZOSGD was built on: it was replaced; build ZOSGD after "
-    "loading or assigning parameters"
+    "head parameter {!r} is not the one this ZOSGD was built on: it was replaced; build ZOSGD "
+    "after loading or assigning parameters"
 )
 
 
 class ZOSGD(torch.optim.Optimizer):
     """Stochastic gradient descent along the projected gradients of the head.
 
-    `w -= lr * (sum_q clip(g_q, +-clip) / Q * s z_q + weight_decay * w)`, `g_q = (L+_q - L-_q) / (2 eps)`.
-    One launch, one read and one write of every weight; nothing waits for the device.
+    `w -= lr * (sum_q clip(g_q, +-clip) / Q * s z_q + weight_decay * w)`, with
+    `g_q = (L+_q - L-_q) / (2 eps)`. One launch, one read and one write of every weight; nothing
+    waits for the device.
 
     Args:
         model: the `ElasticZO` whose head it trains.
@@ -67,9 +72,7 @@ class ZOSGD(torch.optim.Optimizer):
         self._log: TrajectoryLog | None = None
         self._last_read_skips = 0
         self._cached: tuple[tuple[float, ...], Targets] | None = None
-        super().__init__(
-            _complete_groups(model, groups), {"lr": lr, "weight_decay": weight_decay}
-        )
+        super().__init__(_complete_groups(model, groups), {"lr": lr, "weight_decay": weight_decay})
         for group in self.param_groups:
             if float(group["lr"]) < 0.0 or float(group["weight_decay"]) < 0.0:
                 raise ValueError(
@@ -120,6 +123,8 @@ class ZOSGD(torch.optim.Optimizer):
         coeff = (g if self.clip is None else g.clamp(-self.clip, self.clip)) / model.queries
         targets = self._targets()
         if targets.params:
+            still = [targets.params[i][row] for i, row in targets.still]
+            values = [row.clone() for row in still]
             update_(
                 targets.params,
                 model._key,
@@ -133,6 +138,8 @@ class ZOSGD(torch.optim.Optimizer):
                 noise=model.noise,
                 backend=model.backend,
             )
+            for row, value in zip(still, values, strict=True):
+                row.copy_(value)
 
     def _targets(self) -> Targets:
         """Head parameters with their index, group and scale. Those of scale 0 take no part, unless
@@ -144,13 +151,15 @@ class ZOSGD(torch.optim.Optimizer):
 
     def _find_targets(self, decays: tuple[float, ...]) -> Targets:
         group_of = {id(p): i for i, g in enumerate(self.param_groups) for p in g["params"]}
-        found = Targets([], [], [], [])
+        found = Targets([], [], [], [], [])
         for name, p in self.model.named_head_parameters():
             head = self.model._plan.parameters[name]
             group = group_of.get(id(p))
             if group is None:
                 raise RuntimeError(_REPLACED.format(name))
             if head.scale != 0.0 or decays[group] != 0.0:
+                if head.still_row is not None:
+                    found.still.append((len(found.params), head.still_row))
                 found.params.append(p)
                 found.tensors.append(head.index)
                 found.groups.append(group)
@@ -169,7 +178,8 @@ class ZOSGD(torch.optim.Optimizer):
         if not losses.is_floating_point():
             losses = losses.to(torch.float64)
         check_losses(losses, model.halves)
-        return losses.to(model._key.device, non_blocking=True)
+        on_device: Tensor = losses.to(model._key.device, non_blocking=True)
+        return on_device
 
     def _check_ready(self) -> None:
         model = self.model
@@ -208,8 +218,8 @@ class ZOSGD(torch.optim.Optimizer):
         count = int(self._skips)
         if count > self._last_read_skips:
             warnings.warn(
-                f"{count - self._last_read_skips} zeroth-order step(s) were skipped: a loss was NaN "
-                "or infinite",
+                f"{count - self._last_read_skips} zeroth-order step(s) were skipped: a loss was "
+                "NaN or infinite",
                 stacklevel=2,
             )
         self._last_read_skips = count
@@ -221,8 +231,8 @@ class ZOSGD(torch.optim.Optimizer):
 
     # ---- state
 
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
-        """torch's state, and under "zo" what the next step depends on: seed, step, skips, settings."""
+    def state_dict(self) -> dict[str, Any]:
+        """torch's state, and under "zo" what the next step depends on: seed, step, settings."""
         model = self.model
         state = super().state_dict()
         state["zo"] = {
@@ -236,7 +246,7 @@ class ZOSGD(torch.optim.Optimizer):
         }
         return state
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue a run: the noise goes on where it stood.
 
         Raises: ValueError where eps, noise, queries or clip are not those of the saved run.
@@ -246,14 +256,10 @@ class ZOSGD(torch.optim.Optimizer):
         saved = state_dict["zo"]
         model = self.model
         now = {"eps": model.eps, "noise": model.noise, "queries": model.queries, "clip": self.clip}
-        different = [
-            f"{k} was {saved[k]!r}, is {v!r}" for k, v in now.items() if saved[k] != v
-        ]
+        different = [f"{k} was {saved[k]!r}, is {v!r}" for k, v in now.items() if saved[k] != v]
         if different:
             raise ValueError("the saved run differs: " + "; ".join(different))
-        super().load_state_dict(
-            copy.copy({k: v for k, v in state_dict.items() if k != "zo"})
-        )
+        super().load_state_dict(copy.copy({k: v for k, v in state_dict.items() if k != "zo"}))
         model.seed = int(saved["seed"])
         model._key.copy_(torch.tensor([model.seed, int(saved["step"])], dtype=torch.int64))
         self._skips.fill_(int(saved["skipped"]))

@@ -14,11 +14,15 @@ from zo_kernels import perturbed_weights
 
 @dataclass(frozen=True)
 class HeadParameter:
-    """A perturbed parameter: its name, its place in the model's named_parameters, its scale."""
+    """A perturbed parameter: its name, its place in the model's named_parameters, its scale.
+
+    `still_row` is the row of an embedding's padding token, which no gradient moves.
+    """
 
     name: str
     index: int
     scale: float
+    still_row: int | None = None
 
 
 @dataclass
@@ -75,6 +79,8 @@ class Pass:
             dtype=dtype,
             backend=self.backend,
         )
+        if head.still_row is not None:
+            halves[:, head.still_row] = w.detach()[head.still_row]
         if self.verify:
             _check_perturbed(w, halves, head, float(self.eps))
         return halves
@@ -102,8 +108,8 @@ def _check_perturbed(w: Tensor, halves: Tensor, head: HeadParameter, eps: float)
     """Refuse an eps that rounding to the compute dtype swallows."""
     if w.numel() and (halves[0] == w.detach().to(halves.dtype)).double().mean() > 0.5:
         raise ValueError(
-            f"eps={eps:g} (scale {head.scale:g}) vanishes in {halves.dtype} for {head.name!r}: more "
-            "than half of its elements do not move; use a larger eps or a wider compute dtype"
+            f"eps={eps:g} (scale {head.scale:g}) vanishes in {halves.dtype} for {head.name!r}: "
+            "more than half of its elements do not move; use a larger eps or a wider dtype"
         )
 
 

@@ -111,6 +111,7 @@ def _head_parameters(
         if not 0.0 <= value < float("inf"):
             raise ValueError(f"scale of {pattern!r} must be finite and >= 0, got {value}")
     found = {}
+    padding = {id(m.weight): m.padding_idx for m in model.modules() if isinstance(m, nn.Embedding)}
     for index, (name, p) in enumerate(model.named_parameters()):
         if name not in head:
             continue
@@ -123,7 +124,7 @@ def _head_parameters(
         for pattern, value in scale.items():  # the last pattern that matches wins
             if fnmatch.fnmatchcase(name, pattern):
                 factor = float(value)
-        found[name] = HeadParameter(name, index, factor)
+        found[name] = HeadParameter(name, index, factor, padding.get(id(p)))
     return found
 
 

@@ -107,6 +107,7 @@ def _header(zo: ZOSGD) -> dict[str, Any]:
             "index": targets.tensors[i],
             "group": targets.groups[i],
             "scale": targets.scales[i],
+            "still_row": dict(targets.still).get(i),
         }
         for i, p in enumerate(targets.params)
     ]
@@ -181,6 +182,11 @@ def replay(path: str | Path, model: ElasticZO, steps: int | None = None) -> int:
     head = header["head"]
     params = [names[h["name"]] for h in head]
     device = model._key.device
+    still = [
+        (p[h["still_row"]], p[h["still_row"]].clone())
+        for p, h in zip(params, head, strict=True)
+        if h["still_row"] is not None
+    ]
     decays = torch.tensor(header["weight_decay"], dtype=torch.float64, device=device)
     key = torch.tensor([header["seed"], 0], dtype=torch.int64, device=device)
     eps = torch.tensor(header["eps"], dtype=torch.float64, device=device)
@@ -207,6 +213,8 @@ def replay(path: str | Path, model: ElasticZO, steps: int | None = None) -> int:
             noise=header["noise"],
             backend=header["backend"],
         )
+        for row, value in still:
+            row.copy_(value)
     model._key.copy_(torch.tensor([header["seed"], expected], dtype=torch.int64))
     return int(expected)
 
@@ -219,8 +227,8 @@ def _check_fits(header: dict[str, Any], model: ElasticZO) -> None:
         raise ValueError(f"the log updates {missing[0]!r}, which is not in this model's head")
     if header["backend"] != model.backend:
         raise ValueError(
-            f"the log was made on backend {header['backend']!r}, this model runs {model.backend!r}: "
-            f"give backend={header['backend']!r}"
+            f"the log was made on backend {header['backend']!r}, this model runs "
+            f"{model.backend!r}: give backend={header['backend']!r}"
         )
 
 

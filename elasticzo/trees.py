@@ -85,7 +85,9 @@ def split_half(tree: Any, n: int, half: int, shared: set[int], name: str, dim: i
 
 
 def _first_tensor(tree: Any) -> Tensor | None:
-    return next((x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor) and x.dim() > 0), None)
+    return next(
+        (x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor) and x.dim() > 0), None
+    )
 
 
 def has_tensor(tree: Any) -> bool:
@@ -110,10 +112,10 @@ def unstack_outputs(tree: Any, n: int) -> Any:
             return x
         if x.dim() == 0 or x.shape[0] % n:
             raise ValueError(
-                f"the model returned a tensor of shape {list(x.shape)}, whose dimension 0 is not the "
-                f"batch of {n} halves; use pairing='sequential'"
+                f"the model returned a tensor of shape {list(x.shape)}, whose dimension 0 is not "
+                f"the batch of {n} halves; use pairing='sequential'"
             )
-        return x.unflatten(0, (n, x.shape[0] // n))
+        return x.reshape(n, x.shape[0] // n, *x.shape[1:])
 
     return pytree.tree_map(split, tree)
 

@@ -34,8 +34,8 @@ COMPUTE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 class ElasticZO(nn.Module):
     """Train the first layers of `model` by zeroth-order optimisation, the last by backpropagation.
 
-    In `train()` a forward runs the model at `w + eps s z_q` and `w - eps s z_q` for every query q and
-    returns `[2Q, B, ...]`: half `2q` is +, half `2q + 1` is -. In `eval()` it is the model itself.
+    In `train()` a forward runs the model at `w + eps s z_q` and `w - eps s z_q` for every query q
+    and returns `[2Q, B, ...]`: half `2q` is +, half `2q + 1` is -. In `eval()` it is the model.
     The projected gradient of a query is `g = (L+ - L-) / (2 eps)`; `ZOSGD.step` does the update.
 
     Args:
@@ -46,8 +46,8 @@ class ElasticZO(nn.Module):
         noise: "normal" or "rademacher".
         queries: directions a step, Q.
         seed: of the run, in [0, 2^63).
-        pairing: "stacked" (the halves as one batch) or "sequential" (one after the other; inference's
-            activation memory; for models that mix rows or whose dimension 0 is not the batch).
+        pairing: "stacked" (the halves as one batch) or "sequential" (one after the other:
+            inference's activation memory; for models that mix rows, or have no batch in front).
         backend: "auto", "triton", "numba" or "reference"; `self.backend` says which one runs.
         compute_dtype: of matrix products and convolutions in the head; None is autocast's, or the
             weight's own.
@@ -76,8 +76,9 @@ class ElasticZO(nn.Module):
         super().__init__()
         _check_settings(model, tail, eps, noise, queries, seed, pairing, backend, compute_dtype)
         if memory_budget is not None or example_input is not None:
-            raise ValueError("memory_budget and example_input belong to tail='auto', "
-                             f"got tail={tail!r}")
+            raise ValueError(
+                f"memory_budget and example_input belong to tail='auto', got tail={tail!r}"
+            )
         self.module = model
         self.eps = float(eps)
         self.noise = noise
@@ -126,7 +127,7 @@ class ElasticZO(nn.Module):
 
     @property
     def effective_pairing(self) -> str:
-        """How the halves really run: a model with parameters at its root runs one after the other."""
+        """How the halves run: those of a model with parameters at its root, one by one."""
         by_half = "" in self._plan.layers and self._plan.layers[""].kind == "fallback"
         return "sequential" if by_half or self._mixes_generator else self.pairing
 
@@ -181,7 +182,7 @@ class ElasticZO(nn.Module):
         current = self._new_pass(verify=False, halves=1, perturb=False)
         return self._run(current, args, kwargs)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _first_pair(self, args: Any, kwargs: Any) -> Any:
         """The first forward: finds what moves, and checks that every parameter was perturbed."""
         device = self._key.device
@@ -219,12 +220,13 @@ class ElasticZO(nn.Module):
     def _promote(self, layer: str, parameters: list[str]) -> None:
         if not layer:
             raise ValueError(
-                f"head parameter {parameters[0]!r} was not perturbed in the forward (it is not used, "
-                "or not through its module): freeze it with requires_grad_(False) before wrapping"
+                f"head parameter {parameters[0]!r} was not perturbed in the forward (it is not "
+                "used, or not through its module): freeze it with requires_grad_(False) before "
+                "wrapping"
             )
         promote(self._plan, self.module, layer, parameters)
 
-    @torch.compiler.disable(recursive=False)
+    @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]
     def _pair(self, args: Any, kwargs: Any) -> Any:
         if self._before is None:
             self._before = BufferSnapshot(self._moving)
@@ -319,7 +321,7 @@ class ElasticZO(nn.Module):
         return self.module.load_state_dict(state_dict, strict=strict, assign=assign)
 
     def _apply(self, fn: Any, recurse: bool = True) -> ElasticZO:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # `fn` may change a floating dtype: only the device is taken from it.
         device = fn(self._key).device
         self._backend = resolve_backend(self._wanted_backend, device)

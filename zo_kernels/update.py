@@ -110,8 +110,9 @@ def _update_kernel(
         lr = tl.load(lr_ptr + group).to(WIDE)
         decay = tl.load(decay_ptr + group).to(WIDE)
         o_e = pid * BLOCK + tl.arange(0, BLOCK)
-        m_e = o_e < elements
-        if flat != 0:  # 16-byte accesses: a flat tensor is 16-byte aligned
+        if flat != 0:
+            # 16-byte accesses: pointer and length of a flat tensor are multiples of 16.
+            m_e = o_e < tl.multiple_of(elements, 16)
             p_w = tl.multiple_of(w_ptr, 16) + o_e
             b_w = tl.load(p_w, mask=m_e, other=0.0).to(WIDE)
             b_new = b_w - lr * (b_total + decay * b_w)
@@ -123,7 +124,7 @@ def _update_kernel(
         else:
             o_row = o_e // padded_cols
             o_col = o_e % padded_cols
-            m_e = m_e & (o_col < cols)
+            m_e = (o_e < elements) & (o_col < cols)
             p_w = w_ptr + element_offset(o_row, o_col, inner, s_row, s_outer, s_inner)
             b_w = tl.load(p_w, mask=m_e, other=0.0).to(WIDE)
             b_new = b_w - lr * (b_total + decay * b_w)
@@ -158,7 +159,7 @@ def _build_table(
         assert layout is not None
         padded_cols = groups_per_row(layout.cols, noise) * per
         padded = layout.rows * padded_cols
-        aligned = w.data_ptr() % 16 == 0
+        aligned = w.data_ptr() % 16 == 0 and w.numel() % 16 == 0
         flat = aligned and layout.flat and (layout.cols % per == 0 or layout.rows == 1)
         elements = w.numel() if flat else padded
         blocks = -(-padded // BLOCK)

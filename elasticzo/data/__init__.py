@@ -10,6 +10,7 @@ from elasticzo.data.images import (
     load_images,
     load_mnist,
 )
+from elasticzo.data.order import epoch_order
 
 __all__ = [
     "IMAGE_SETS",
@@ -17,6 +18,7 @@ __all__ = [
     "ImageData",
     "download_fashion_mnist",
     "download_mnist",
+    "epoch_order",
     "load_digits",
     "load_fashion_mnist",
     "load_images",

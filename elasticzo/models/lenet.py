@@ -13,8 +13,8 @@ class LeNet5(nn.Module):
         classes: of the output.
         channels: of the input.
     Shapes: `[B, channels, 28, 28]` -> `[B, classes]`.
-    Initialisation: Kaiming normal (fan in, ReLU), zero biases. With PyTorch's default, full ZO stays
-    at chance for epochs.
+    Initialisation: Kaiming normal (fan in, ReLU), zero biases. With PyTorch's default, full ZO
+    stays at chance for epochs.
     """
 
     def __init__(self, classes: int = 10, channels: int = 1) -> None:

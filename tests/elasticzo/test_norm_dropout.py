@@ -87,7 +87,8 @@ def test_halves_share_masks_which_change_with_step_and_micro_batch(
 def test_both_pairings_draw_the_same_masks() -> None:
     x = torch.randn(7, 6)
     out = [
-        ElasticZO(dropout_net(True), tail=["2"], pairing=p).train()(x) for p in ("stacked", "sequential")
+        ElasticZO(dropout_net(True), tail=["2"], pairing=p).train()(x)
+        for p in ("stacked", "sequential")
     ]
     torch.testing.assert_close(out[0], out[1], rtol=1e-5, atol=1e-6)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elasticzo import ZOSGD, ElasticZO, pair_losses
+from elasticzo import ZOSGD, ElasticZO, TrajectoryLog, pair_losses, replay
 from elasticzo.models import LeNet5, ResNet20
 from tests.elasticzo.zoo import smooth_loss
 from zo_kernels import sample
@@ -38,7 +39,9 @@ def toy(dtype: torch.dtype = torch.float64, **settings: Any) -> tuple[ElasticZO,
     return ElasticZO(net, **{"tail": ["c"], "seed": SEED, **settings}).train(), x
 
 
-def z_of(step: int, tensor: int, shape: tuple[int, ...], query: int = 0, noise: str = "normal") -> Tensor:
+def z_of(
+    step: int, tensor: int, shape: tuple[int, ...], query: int = 0, noise: str = "normal"
+) -> Tensor:
     key = torch.tensor([SEED, step])
     return sample(shape, key, tensor=tensor, query=query, noise=noise).double()
 
@@ -96,6 +99,22 @@ def test_zero_scale_and_frozen_parameters_stay() -> None:
     zo.step(pair_losses(F.cross_entropy, model(torch.randn(4, 1, 28, 28)), torch.arange(4)))
     moved = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert moved == {"conv1.weight", "conv1.bias", "conv2.bias", "fc2.weight", "fc2.bias"}
+
+
+def test_the_row_of_a_padding_token_stays(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(5, 3, padding_idx=1), nn.Flatten(), nn.Linear(6, 2))
+    start = copy.deepcopy(net)
+    model = ElasticZO(net, tail=0).train()
+    zo = ZOSGD(model, lr=0.1, weight_decay=0.1)
+    log = TrajectoryLog(tmp_path / "log", zo)
+    for _ in range(2):
+        zo.step(pair_losses(smooth_loss, model(torch.tensor([[0, 1], [1, 4]]))))
+    log.drain()
+    assert torch.equal(net[0].weight[1], start[0].weight[1])
+    assert not torch.equal(net[0].weight[0], start[0].weight[0])
+    replay(tmp_path / "log", ElasticZO(start, tail=0))
+    assert torch.equal(net[0].weight, start[0].weight)
 
 
 def test_groups_have_their_own_rates() -> None:

@@ -143,6 +143,18 @@ class TwoInputs(nn.Module):
         return self.fc(y.mean(1))
 
 
+class Padded(nn.Module):
+    """An embedding with a padding token, whose row no gradient reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 5, padding_idx=2)
+        self.fc = nn.Linear(5, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.fc(torch.tanh(self.embed(tokens)).sum(1))
+
+
 class Functional(nn.Module):
     """Reads the weight of a layer that it never calls."""
 
@@ -230,6 +242,7 @@ ZOO: dict[str, Case] = {
     "tied": Case(TiedLM, _tokens, tail=0),
     "input_twice": Case(InputTwice, _floats(4), tail=("c",)),
     "two_inputs": Case(TwoInputs, _pair),
+    "padding": Case(Padded, _tokens),
     "functional": Case(Functional, _floats(4)),
     "scales": Case(Scales, _floats(4)),
     "dropouts": Case(Dropouts, _floats(1, 8, 8)),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -47,6 +48,11 @@ def sparse_value(h: int, p_zero: float, r_max: int) -> int:
     return 0 if h < p0 else ((h - p0) * (2 * r_max + 1)) // (65536 - p0) - r_max
 
 
+@cache
+def _sparse_table(p_zero: float, r_max: int) -> np.ndarray:
+    return np.array([sparse_value(h, p_zero, r_max) for h in range(1 << 16)])
+
+
 def _lanes(words: list[np.ndarray], kind: str, p_zero: float, r_max: int) -> np.ndarray:
     """`[groups, PER_GROUP[kind]]`."""
     if kind == "normal":
@@ -54,11 +60,10 @@ def _lanes(words: list[np.ndarray], kind: str, p_zero: float, r_max: int) -> np.
     w = np.stack(words, -1)
     if kind == "rademacher":
         bits = (w[..., None] >> np.arange(32, dtype=np.uint64)) & np.uint64(1)
-        return 2 * bits.astype(np.int64).reshape(len(w), -1) - 1
+        return 2 * bits.astype(np.int64).reshape(len(w), 128) - 1
     if kind == "sparse_int8":
-        halves = np.stack([w & np.uint64(0xFFFF), w >> np.uint64(16)], -1).reshape(len(w), -1)
-        table = np.array([sparse_value(h, p_zero, r_max) for h in range(1 << 16)])
-        return table[halves.astype(np.int64)]
+        halves = np.stack([w & np.uint64(0xFFFF), w >> np.uint64(16)], -1).reshape(len(w), 8)
+        return _sparse_table(p_zero, r_max)[halves.astype(np.int64)]
     return w.astype(np.int64)
 
 
@@ -81,7 +86,7 @@ def model(
     per_row = -(-cols // per)
     groups = np.arange(rows * per_row, dtype=np.uint64)
     words = philox(seed, groups, tensor, step, query + (PURPOSE[purpose] << 24))
-    z = _lanes(words, noise, p_zero, r_max).reshape(rows, per_row * per)[:, :cols]
+    z = _lanes(words, noise, p_zero, r_max).reshape((rows, per_row * per))[:, :cols]
     if len(shape) > 2:  # input channels are innermost
         z = np.moveaxis(z.reshape(rows, *shape[2:], shape[1]), -1, 1)
     return torch.from_numpy(z.reshape(tuple(shape)).copy())

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from _budget import NORMAL_ERROR
-from _noise_model import model, philox, sparse_value
 
+from tests._budget import NORMAL_ERROR
+from tests.zo_kernels._noise_model import model, philox, sparse_value
 from zo_kernels import sample
 from zo_kernels._triton import HAS_TRITON, jit, tl
 from zo_kernels.noise import words
@@ -87,7 +87,7 @@ class TestKnownAnswers:
 
     def test_numba(self, counter: Any, seed: int, answer: Any) -> None:
         pytest.importorskip("numba")
-        from zo_kernels.cpu.noise import BITS, fill_int
+        from zo_kernels.cpu.kernels import BITS, fill_int
 
         z = np.zeros(4, np.int64)
         rest = [np.uint32(c) for c in (*counter[1:], seed & ONES, seed >> 32)]

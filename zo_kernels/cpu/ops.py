@@ -1,4 +1,4 @@
-"""The ops on the CPU: fused sweeps for fp32 weights, fast noise and torch arithmetic for the rest."""
+"""The ops on the CPU: fused sweeps for fp32 weights, fast noise and torch for the rest."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,16 @@ from zo_kernels._layout import (
     rows_cols,
     to_shape,
 )
-from zo_kernels.cpu.noise import BITS, NORMAL, RADEMACHER, SPARSE, fill_float, fill_int
-from zo_kernels.cpu.sweep import perturb_sweep, update_sweep
+from zo_kernels.cpu.kernels import (
+    BITS,
+    NORMAL,
+    RADEMACHER,
+    SPARSE,
+    fill_float,
+    fill_int,
+    perturb_sweep,
+    update_sweep,
+)
 from zo_kernels.reference.noise import PURPOSES
 from zo_kernels.reference.perturbed_weights import compute_dtype, empty_halves, write_halves
 from zo_kernels.reference.sample import DTYPES
@@ -75,8 +84,7 @@ def _over_threads(sweep: Callable[..., None], args: tuple[Any, ...], walk: _Walk
         sweep(*args, 0, groups)
         return
     bounds = [groups * i // workers for i in range(workers + 1)]
-    pairs = zip(bounds[:-1], bounds[1:], strict=True)
-    for job in [_pool(workers).submit(sweep, *args, a, b) for a, b in pairs]:
+    for job in [_pool(workers).submit(sweep, *args, a, b) for a, b in pairwise(bounds)]:
         job.result()
 
 
@@ -232,9 +240,7 @@ def update_(
             target = w.contiguous()
             walk = _walk(target.shape, target.stride(), noise)
             assert walk is not None
-        memory = (
-            target.numpy().reshape(-1) if walk.contiguous else _memory(target, walk.extent)
-        )
+        memory = target.numpy().reshape(-1) if walk.contiguous else _memory(target, walk.extent)
         named = (walk.kind, walk.lanes, tensor, *words)
         args = (memory, coeff32, f32(scale), *rates[group], walk.layout, named)
         _over_threads(update_sweep, args, walk)

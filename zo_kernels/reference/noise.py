@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from zo_kernels._layout import PER_CALL, groups_per_row
+from zo_kernels._layout import groups_per_row
 
 MASK = 0xFFFFFFFF
 ROUND_A, ROUND_B = 0xD2511F53, 0xCD9E8D57
@@ -103,7 +104,9 @@ def noise_rows(
             z = 2 * ((z[..., None] >> bits) & 1) - 1
         elif kind == "sparse_int8":
             z = sparse_int8(torch.stack([z & 0xFFFF, z >> 16], -1), p_zero, r_max)
-    return z.reshape(rows, per_row * PER_CALL[kind])[:, :cols]
+    if rows * cols == 0:
+        return z.new_empty(rows, cols)
+    return rearrange(z, "(rows group) ... -> rows (group ...)", rows=rows)[:, :cols]
 
 
 __all__ = ["PURPOSES", "noise_rows", "normals", "philox", "sparse_int8", "uniforms"]

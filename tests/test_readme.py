@@ -1,0 +1,53 @@
+"""The README's code: Python blocks run as they stand, commands exist and explain themselves."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+PYTHON = [code for language, code in BLOCKS if language == "python"]
+COMMANDS = [
+    line.split("#")[0].strip()
+    for language, code in BLOCKS
+    if language == "bash"
+    for line in code.splitlines()
+    if line.split("#")[0].strip()
+]
+
+
+def test_the_readme_has_code() -> None:
+    assert PYTHON and COMMANDS
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=[f"block{i}" for i in range(len(PYTHON))])
+def test_python_blocks_run(code: str) -> None:
+    exec(compile(code, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("command", sorted(set(COMMANDS)))
+def test_commands_exist(command: str) -> None:
+    """`./dev X` is one of dev's commands; `python -m M --flag ...` knows each of its flags."""
+    words = shlex.split(command)
+    if words[0] == "./dev":
+        usage = subprocess.run([ROOT / "dev"], capture_output=True, text=True, check=True).stdout
+        assert f"./dev {words[1]} " in usage
+    elif words[:2] == ["python", "-m"]:
+        run = subprocess.run(
+            [sys.executable, "-m", words[2], "--help"],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            check=True,
+        )
+        for flag in (word for word in words[3:] if word.startswith("--")):
+            assert flag in run.stdout, flag
+    else:
+        assert words[0] in ("git", "cd", "pip"), command
