@@ -72,6 +72,7 @@ class ZOSGD(torch.optim.Optimizer):
         self._log: TrajectoryLog | None = None
         self._last_read_skips = 0
         self._cached: tuple[tuple[float, ...], Targets] | None = None
+        self._settings: dict[str, tuple[Tensor, list[Any]]] = {}
         super().__init__(_complete_groups(model, groups), {"lr": lr, "weight_decay": weight_decay})
         for group in self.param_groups:
             if float(group["lr"]) < 0.0 or float(group["weight_decay"]) < 0.0:
@@ -202,13 +203,18 @@ class ZOSGD(torch.optim.Optimizer):
         return self._on_device("lr"), self._on_device("weight_decay")
 
     def _on_device(self, name: str) -> Tensor:
-        device = self.model._key.device
+        """A setting of all groups as one device tensor, written again only when one changed."""
         values = [group[name] for group in self.param_groups]
+        kept, kept_values = self._settings.get(name, (None, None))
         if any(isinstance(v, Tensor) for v in values):
-            return torch.stack(
-                [torch.as_tensor(v, dtype=torch.float64, device=device) for v in values]
-            )
-        return torch.tensor(values, dtype=torch.float64).to(device, non_blocking=True)
+            # Tensors are read on the device at every step: a schedule moves them in place.
+            device = self.model._key.device
+            wide = [torch.as_tensor(v, dtype=torch.float64, device=device) for v in values]
+            return torch.stack(wide)
+        if kept is None or kept_values != values or kept.device != self.model._key.device:
+            kept = torch.tensor(values, dtype=torch.float64, device=self.model._key.device)
+            self._settings[name] = (kept, values)
+        return kept
 
     # ---- what happened
 

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from elasticzo import ZOSGD, ElasticZO, pair_losses
 from elasticzo.models import LeNet5
-from experiments.benchmarks.report import environment, write_json
+from experiments.environment import commit, hardware, versions
+from experiments.folder import write_json
 
 EPS, LR = 1e-3, 1e-6
-RESULT = Path("experiments/results/step_cpu.json")
+RESULT = Path(__file__).parent.parent / "results" / "step_cpu.json"
 
 
 @dataclass
@@ -147,7 +148,14 @@ def main(config: Config) -> None:
             f"{row['mezo_style_step_over_two_forwards']:.2f}x"
         )
     command = "python -m experiments.benchmarks.step_cpu"
-    write_json(config.out, {"command": command, **environment(), "batches": rows})
+    written = {
+        "command": command,
+        "commit": commit(),
+        "versions": versions(),
+        "hardware": hardware(torch.device("cpu")),
+        "batches": rows,
+    }
+    write_json(config.out, written)
     print(f"wrote {config.out}")
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from elasticzo import ZOSGD, ElasticZO, pair_losses
 from elasticzo.models import LeNet5, ResNet20
+from tests.elasticzo.zoo import ZOO, build, cast, smooth_loss
 from zo_kernels import perturbed_weights
 
 
@@ -82,6 +83,33 @@ def test_to_another_dtype_after_wrapping() -> None:
     assert model._eps.dtype == torch.float64 and model._key.dtype == torch.int64
     model.to(torch.bfloat16)
     assert model._eps.dtype == torch.float64
+
+
+@pytest.mark.filterwarnings("ignore:the model draws")
+@pytest.mark.parametrize("mode", ["autocast", "bf16"])
+@pytest.mark.parametrize(("name", "pairing"), [(n, p) for n, c in ZOO.items() for p in c.pairings])
+def test_every_model_steps_in_low_precision(name: str, pairing: str, mode: str) -> None:
+    """Losses near those of fp32, every head parameter moves, dtypes stay."""
+    case = ZOO[name]
+    model, inputs = build(case, dtype=torch.float32)
+    results = []
+    for low in (False, True):
+        net, given = copy.deepcopy(model), inputs
+        if low and mode == "bf16":
+            net, given = net.to(torch.bfloat16), cast(inputs, torch.bfloat16)
+        zo = ElasticZO(net, tail=case.tail, pairing=pairing, eps=1e-2).train()
+        before = copy.deepcopy(zo.state_dict())
+        torch.manual_seed(3)
+        with torch.autocast("cpu", torch.bfloat16, enabled=low and mode == "autocast"):
+            losses = pair_losses(smooth_loss, zo(*given))
+        zo.backward(losses)
+        ZOSGD(zo, lr=1.0).step(torch.tensor([1.0, 0.0]))
+        assert torch.isfinite(losses).all()
+        for n, p in zo.named_head_parameters():
+            assert not torch.equal(p, before[n]) and p.dtype == before[n].dtype, n
+        results.append(losses.detach().float())
+    # bf16 has 8 bits; the worst model stacks a dozen roundings of order-one activations.
+    assert (results[0] - results[1]).abs().max() <= 0.1 * (1 + results[0].abs().max())
 
 
 @pytest.mark.parametrize("tail", [["fc"], 0], ids=["tail", "full-zo"])

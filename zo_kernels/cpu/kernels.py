@@ -5,8 +5,8 @@ LLVM widens it to the machine's vectors. The definition is that of `zo_kernels.r
 normals stay within 1.5e-6 of float64.
 
 The sweeps make noise in a buffer that stays in cache and use it from there at once. They walk a
-weight of any `Layout` over a range of Philox groups, so that ranges can go to threads; a group never
-crosses a row, and `lanes` is the number of columns it serves.
+weight of any `Layout` over a range of Philox groups, so that ranges can go to threads; a group
+never crosses a row, and `lanes` is the number of columns it serves.
 
 One file, because numba's cache looks at the time of the file a function stands in, not at those of
 the functions it calls.

@@ -1,0 +1,1 @@
+"""What a researcher runs: the training command, the studies, the benchmarks."""

@@ -1,0 +1,162 @@
+"""The method in a minute: `python -m experiments.demo`.
+
+Trains LeNet-5 on scikit-learn's digits with Full ZO, ZO-Feat-Cls2, ZO-Feat-Cls1 and Full BP, one
+after the other, for equal epochs, and compares accuracy, time and memory of a step. Needs no data
+files and no GPU; everything goes to runs/demo.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from experiments.config import Method, TrainConfig
+from experiments.environment import commit, hardware, versions
+from experiments.folder import METRICS, read_metrics, write_json
+from experiments.learner import build_network
+from experiments.memory import measure_step
+from experiments.plots import draw_accuracies
+from experiments.report import ConsoleReporter
+from experiments.resolve import resolve
+from experiments.train import REFUSED, USAGE_ERROR
+from experiments.training import Interrupted, train
+
+NAMES: Mapping[Method, str] = {
+    "full-zo": "Full ZO",
+    "cls2": "ZO-Feat-Cls2",
+    "cls1": "ZO-Feat-Cls1",
+    "full-bp": "Full BP",
+}
+PAIRINGS: tuple[Literal["stacked", "sequential"], ...] = ("stacked", "sequential")
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Four methods on the digits, side by side."""
+
+    epochs: int = 80
+    """Passes over the 1,438 training images, >= 1, equal for all methods."""
+    seed: int = 0
+    """Of weights, noise and data order, in [0, 2^63)."""
+    device: str = "auto"
+    """auto (cuda where there is one), cpu, cuda or cuda:<n>."""
+    threads: int | None = None
+    """CPU threads of torch, >= 1. Default: torch's own."""
+    out: Path = Path("runs/demo")
+    """Folder of runs, plot and JSON; a finished run in it is not repeated."""
+
+
+def configuration(demo: DemoConfig, method: Method) -> TrainConfig:
+    return resolve(
+        TrainConfig(
+            method=method,
+            data="digits",
+            epochs=demo.epochs,
+            eval_epochs=max(1, demo.epochs // 16),
+            seed=demo.seed,
+            device=demo.device,
+            threads=demo.threads,
+            out=demo.out / method,
+            tensorboard=False,
+            plot=False,
+        )
+    )
+
+
+def measure(config: TrainConfig) -> dict[str, Any]:
+    """What BP trains, and the memory of a step, per pairing."""
+    model = build_network(config)
+    total = sum(p.numel() for p in model.parameters())
+    memory = {p: measure_step(replace(config, pairing=p)) for p in PAIRINGS}
+    return {
+        "tail": list(config.tail or ()),
+        "tail_parameters": sum(p.numel() for p in model.tail_parameters()),
+        "parameters": total,
+        "memory": memory,
+    }
+
+
+def table(rows: Mapping[str, dict[str, Any]]) -> Table:
+    shown = Table(title="LeNet-5 on the digits")
+    columns = ("method", "BP trains", "accuracy", "ms a step", "stacked", "sequential")
+    for i, name in enumerate(columns):
+        shown.add_column(name, justify="left" if i < 2 else "right", no_wrap=True)
+    for method, row in rows.items():
+        what = {"0": "nothing", "all": "everything"}.get(row["tail"][0], ", ".join(row["tail"]))
+        if method not in ("Full ZO", "Full BP"):
+            what += f" ({100 * row['tail_parameters'] / row['parameters']:.1f} %)"
+        memory = [f"{row['memory'][p]['bytes'] / 2**20:.2f} MiB" for p in PAIRINGS]
+        shown.add_row(
+            method,
+            what,
+            f"{row['test_accuracy']:.1f} %",
+            f"{row['ms_per_step']:.2f}",
+            *memory,
+        )
+    return shown
+
+
+def run(demo: DemoConfig, console: Console) -> None:
+    configs = {method: configuration(demo, method) for method in NAMES}
+    first = configs["full-zo"]
+    if first.threads is not None:
+        torch.set_num_threads(first.threads)
+    device = torch.device(first.device)
+    console.print(
+        f"LeNet-5 on the digits, {demo.epochs} epochs each, on {first.device} "
+        f"({hardware(device)}), noise by {first.backend}, torch {torch.__version__}",
+        markup=False,
+    )
+    rows: dict[str, dict[str, Any]] = {}
+    curves = {}
+    for method, config in configs.items():
+        result = train(config, "python -m experiments.demo", ConsoleReporter(console))
+        row = {k: result[k] for k in ("test_accuracy", "ms_per_step", "steps", "seconds", "config")}
+        rows[NAMES[method]] = {**row, **measure(config)}
+        lines = read_metrics(demo.out / method / METRICS)
+        curves[NAMES[method]] = [line for line in lines if line["kind"] == "test"]
+    summary = {
+        "command": "python -m experiments.demo",
+        "hardware": hardware(device),
+        "versions": versions(),
+        "commit": commit(),
+        "methods": rows,
+    }
+    write_json(demo.out / "demo.json", summary)
+    draw_accuracies(demo.out / "demo.png", "LeNet-5 on the digits", curves)
+    console.print(table(rows))
+    kind = rows["Full ZO"]["memory"]["stacked"]["measure"]
+    console.print(
+        f"last columns: {kind}, by pairing; stacked is what ran, sequential runs the halves one "
+        "after the other.\n"
+        f"A step sees {first.batch_size} images; the time is the median. "
+        f"Curves: {demo.out / 'demo.png'}, numbers: {demo.out / 'demo.json'}",
+        markup=False,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, run, report; the exit status as that of the training command."""
+    demo = tyro.cli(DemoConfig, args=arguments, prog="python -m experiments.demo")
+    console = Console(highlight=False, soft_wrap=True)
+    try:
+        run(demo, console)
+    except REFUSED as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except Interrupted as stop:
+        console.print(f"{stop}; the same command goes on", markup=False)
+        return 128 + stop.signal.value
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,231 @@
+"""From what a user gave to what runs: checked values, no default left open."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import typing
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from elasticzo.cut import resolve_cut
+from elasticzo.data import ImageData
+from elasticzo.models import LeNet5, ResNet20
+from experiments.config import NOT_IDENTITY, TrainConfig
+from experiments.recipes import BF16_EPS, EPOCHS, RECIPES, TAILS, base_method
+from zo_kernels import resolve_backend
+
+# (field, lowest, highest, whether the ends are allowed)
+RANGES: tuple[tuple[str, float, float, bool, bool], ...] = (
+    ("queries", 1, 2**24 - 1, True, True),
+    ("eps", 0.0, math.inf, False, False),
+    ("head_lr", 0.0, math.inf, True, False),
+    ("clip", 0.0, math.inf, False, True),
+    ("head_weight_decay", 0.0, math.inf, True, False),
+    ("head_warmup", 0.0, 1.0, True, False),
+    ("tail_lr", 0.0, math.inf, True, False),
+    ("tail_momentum", 0.0, 1.0, True, False),
+    ("tail_weight_decay", 0.0, math.inf, True, False),
+    ("tail_warmup", 0.0, 1.0, True, False),
+    ("step_epochs", 1, math.inf, True, False),
+    ("step_gamma", 0.0, 1.0, False, True),
+    ("batch_size", 1, math.inf, True, False),
+    ("epochs", 1, 2**32 - 1, True, True),
+    ("eval_epochs", 1, math.inf, True, False),
+    ("seed", 0, 2**63 - 1, True, True),
+    ("train_images", 1, math.inf, True, False),
+    ("hold_out", 0, math.inf, True, False),
+    ("threads", 1, math.inf, True, False),
+    ("checkpoint_steps", 1, math.inf, True, False),
+    ("log_steps", 1, math.inf, True, False),
+)
+# Taken from the recipe as they are.
+FROM_RECIPE = (
+    "init",
+    "noise",
+    "head_lr",
+    "clip",
+    "head_schedule",
+    "head_warmup",
+    "tail_source",
+    "tail_schedule",
+    "tail_warmup",
+)
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """The configuration with every default decided; the same for a resolved one.
+
+    Raises: ValueError that says which field expected what, and what came.
+    """
+    check(config)
+    recipe = RECIPES[config.model][config.method]
+    tail = resolve_tail(config)
+    device = _device(config.device)
+    optimizer = config.tail_optimizer or recipe.tail_optimizer
+    if optimizer != "sgd" and config.tail_momentum:
+        raise ValueError(
+            f"tail_momentum belongs to tail_optimizer 'sgd', got {config.tail_momentum} with "
+            f"{optimizer!r}"
+        )
+    filled: dict[str, Any] = {
+        **{name: getattr(recipe, name) for name in FROM_RECIPE},
+        "eps": max(recipe.eps, BF16_EPS) if config.precision == "bf16" else recipe.eps,
+        "tail_lr": recipe.tail_lr[optimizer],
+        "tail_momentum": 0.9 if optimizer == "sgd" else 0.0,
+        "epochs": EPOCHS[config.data],
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "out": Path("runs") / f"{config.data}-{config.model}-{config.method}-{config.seed}",
+    }
+    filled = {k: v for k, v in filled.items() if getattr(config, k) is None}
+    filled |= {
+        "tail": tail,
+        "scale": _scale(config, tail, dict(recipe.scale)),
+        "tail_optimizer": optimizer,
+        "device": str(device),
+        "backend": resolve_backend(config.backend, device),
+    }
+    return replace(config, **filled)
+
+
+def check(config: TrainConfig) -> None:
+    """Raise ValueError for a value out of its range."""
+    hints = typing.get_type_hints(TrainConfig)
+    for f in fields(config):
+        value, choices = getattr(config, f.name), _choices(hints[f.name])
+        if choices and value is not None and value not in choices:
+            raise ValueError(f"{f.name} must be one of {', '.join(choices)}, got {value!r}")
+    for name, low, high, with_low, with_high in RANGES:
+        value = getattr(config, name)
+        if value is None:
+            continue
+        above = value >= low if with_low else value > low
+        below = value <= high if with_high else value < high
+        if not (above and below):  # NaN is neither
+            brackets = "[("[not with_low], "])"[not with_high]
+            raise ValueError(
+                f"{name} must be in {brackets[0]}{low:g}, {high:g}{brackets[1]}, got {value}"
+            )
+    if config.data != "digits" and config.data_dir is None:
+        raise ValueError(
+            f"data {config.data!r} is read from files: data_dir must name their folder"
+        )
+    if config.out is not None and config.out.exists() and not config.out.is_dir():
+        raise ValueError(f"out must be a folder, got the file {config.out}")
+
+
+def _choices(hint: Any) -> tuple[str, ...]:
+    """The values of a Literal, alone or in a union."""
+    found: tuple[str, ...] = (
+        typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+    )
+    for part in typing.get_args(hint):
+        found += _choices(part) if typing.get_origin(part) is typing.Literal else ()
+    return found
+
+
+def resolve_tail(config: TrainConfig) -> tuple[str, ...]:
+    """The cut as text: module names, one number, or "all"."""
+    if config.tail is not None:
+        if not config.tail:
+            raise ValueError("tail must name a module, a number of last layers or all, got nothing")
+        return config.tail
+    tail = TAILS[config.model][base_method(config.method)]
+    return (str(tail),) if isinstance(tail, (int, str)) else tuple(tail)
+
+
+def library_tail(tail: tuple[str, ...]) -> list[str] | int | str:
+    """What `ElasticZO` takes: `("2",)` -> 2, `("all",)` -> "all"."""
+    if len(tail) == 1 and tail[0].lstrip("-").isdigit():
+        return int(tail[0])
+    return "all" if tail == ("all",) else list(tail)
+
+
+def _scale(
+    config: TrainConfig, tail: tuple[str, ...], default: dict[str, float]
+) -> dict[str, float]:
+    """Scales of the head. The recipe's patterns that this cut leaves nothing to are dropped; the
+    user's must match."""
+    with torch.device("meta"):
+        model = build_model(config.model)
+    head = resolve_cut(model, library_tail(tail)).head_parameters
+    if config.method.startswith("frozen-"):
+        head = ()
+    given = config.scale if config.scale is not None else default
+    matched = {k: float(v) for k, v in given.items() if fnmatch.filter(head, k)}
+    if config.scale is not None:
+        for pattern, value in given.items():
+            if pattern not in matched:
+                names = ", ".join(head) or "none"
+                raise ValueError(
+                    f"scale must match parameters of the head ({names}), got {pattern!r}"
+                )
+            if not 0.0 <= value < math.inf:
+                raise ValueError(f"scale of {pattern!r} must be in [0, inf), got {value}")
+    return matched
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:<n>, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r}: torch sees {torch.cuda.device_count()} CUDA devices")
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def build_model(name: str, init: str | None = None) -> nn.Module:
+    """A fresh network for 28x28 grey images, ten classes, from torch's generator as it stands."""
+    model: nn.Module = LeNet5() if name == "lenet5" else ResNet20(channels=1)
+    if init == "orthogonal":
+        for module in model.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.orthogonal_(module.weight, gain=math.sqrt(2.0))
+    return model
+
+
+def check_sizes(config: TrainConfig, data: ImageData) -> None:
+    """Raise ValueError where a batch is larger than the training set."""
+    if config.batch_size > len(data.train_x):
+        raise ValueError(
+            f"batch_size must be in [1, {len(data.train_x)}] (training images), "
+            f"got {config.batch_size}"
+        )
+
+
+def as_json(config: TrainConfig) -> dict[str, Any]:
+    """Plain values: paths as text, infinity as "inf"."""
+    plain: dict[str, Any] = {}
+    for key, value in asdict(config).items():
+        if isinstance(value, Path):
+            value = str(value)
+        elif isinstance(value, float) and math.isinf(value):
+            value = "inf"
+        plain[key] = list(value) if isinstance(value, tuple) else value
+    return plain
+
+
+def identity(config: TrainConfig) -> dict[str, Any]:
+    """What decides the weights of a run: its resolved configuration without places and reports."""
+    return {k: v for k, v in as_json(config).items() if k not in NOT_IDENTITY}
+
+
+__all__ = [
+    "as_json",
+    "build_model",
+    "check",
+    "check_sizes",
+    "identity",
+    "library_tail",
+    "resolve",
+    "resolve_tail",
+]

@@ -1,0 +1,84 @@
+"""Many runs as one: each in a folder named by its configuration, so that none is done twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from experiments.config import TrainConfig
+from experiments.report import Reporter
+from experiments.resolve import as_json, identity, resolve
+from experiments.training import train
+
+Key = TypeVar("Key", bound=Hashable)
+PLACES = ("data_dir", "out", "download", "resume")  # of one machine: not for a committed result
+
+
+class _Share(Reporter):
+    """Moves a study's bar by the share of a run that is done."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.task = progress.add_task("", total=1)
+
+    def start(self, title: str, step: int, steps: int) -> None:
+        self.progress.reset(self.task, total=steps, completed=step, description=title)
+
+    def train(self, line: dict[str, Any]) -> None:
+        self.progress.update(self.task, completed=line["step"])
+
+
+def in_own_folder(config: TrainConfig, under: Path) -> TrainConfig:
+    """The resolved configuration without pictures, with a folder that its identity names."""
+    config = replace(config, out=under, tensorboard=False, plot=False, trajectory=False)
+    config = resolve(config)
+    text = json.dumps(identity(config), sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:10]
+    return replace(config, out=under / f"{config.method}-{config.seed}-{digest}")
+
+
+@contextmanager
+def _bar(console: Console) -> Iterator[Progress]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        yield progress
+
+
+def run_all(
+    configs: Mapping[Key, TrainConfig], command: str, console: Console
+) -> dict[Key, dict[str, Any]]:
+    """Train every configuration (of `in_own_folder`) that is not finished yet; their results.
+
+    Raises: Interrupted, after which the same study goes on where it stood.
+    """
+    results = {}
+    with _bar(console) as progress:
+        whole = progress.add_task("runs", total=len(configs))
+        reporter = _Share(progress)
+        for done, (key, config) in enumerate(configs.items(), start=1):
+            results[key] = train(config, command, reporter)
+            progress.update(whole, completed=done)
+            accuracy = results[key]["test_accuracy"]
+            console.print(f"{done}/{len(configs)} {key}: {accuracy:.2f} %", markup=False)
+    return results
+
+
+def without_places(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as a committed result states it."""
+    return {k: v for k, v in as_json(config).items() if k not in PLACES}
+
+
+__all__ = ["in_own_folder", "run_all", "without_places"]

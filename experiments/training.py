@@ -1,0 +1,264 @@
+"""A run from its configuration to its result, whatever interrupts it."""
+
+from __future__ import annotations
+
+import signal
+import statistics
+import threading
+import time
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from elasticzo import TrajectoryLog
+from experiments.config import TrainConfig
+from experiments.environment import commit, hardware, peak_memory, versions
+from experiments.folder import CURVES, TENSORBOARD, TRAJECTORY, RunFolder
+from experiments.learner import Learner, load_data
+from experiments.plots import draw_curves
+from experiments.report import Reporter
+from experiments.resolve import as_json, identity, resolve
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; its checkpoint is written."""
+
+    def __init__(self, number: int, step: int, steps: int, folder: Path) -> None:
+        self.signal = signal.Signals(number)
+        super().__init__(
+            f"interrupted ({self.signal.name}) at step {step} of {steps}; checkpoint in {folder}"
+        )
+
+
+class StopSignals(AbstractContextManager["StopSignals"]):
+    """Notes SIGINT and SIGTERM, so that a step is finished first; a second SIGINT ends at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():  # Python's rule for handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class Run:
+    """One run: everything that can be refused is refused before its folder is touched.
+
+    Args:
+        config: as given or resolved.
+        command: what a person types to start it again; stored.
+        reporter: who tells a person.
+    Raises: ValueError, FileNotFoundError that name what was expected and what came.
+    """
+
+    def __init__(
+        self, config: TrainConfig, command: str | None = None, reporter: Reporter | None = None
+    ) -> None:
+        self.config = config = resolve(config)
+        self.command = command
+        self.reporter = reporter or Reporter()
+        assert config.out is not None
+        self.folder = RunFolder(config.out, identity(config), config.resume)
+        self.device = torch.device(config.device)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        self.seconds = 0.0  # of training, without tests and checkpoints
+        self._interval = (0, 0.0)  # step and seconds of the last line of the log
+        self._board: Any = None
+
+    @property
+    def title(self) -> str:
+        return f"{self.config.method} on {self.config.data}, seed {self.config.seed}"
+
+    def go(self) -> dict[str, Any]:
+        """Train to the end; the result, also of a run that was finished before.
+
+        Raises: Interrupted after SIGINT or SIGTERM.
+        """
+        if self.folder.result is not None:
+            self.reporter.note(f"{self.title}: finished before, see {self.folder.path}")
+            return self.folder.result
+        if self.device.type == "cuda":  # the same bits on every start
+            torch.backends.cudnn.deterministic = True
+            torch.backends.cudnn.benchmark = False
+        self.learner = Learner(self.config, load_data(self.config))
+        self.learner.probe()
+        if self.folder.state is not None:
+            self._go_on(self.folder.state)
+        self.folder.start(self._description())
+        try:
+            return self._train()
+        finally:
+            self.reporter.stop()
+            self.folder.close()
+            if self._board is not None:
+                self._board.close()
+
+    # ---- beginning
+
+    def _go_on(self, state: dict[str, Any]) -> None:
+        self.learner.load(state)
+        self.seconds = float(state["seconds"])
+        now = versions()
+        differ = [k for k in now if state["versions"].get(k) != now[k]]
+        if differ:
+            self.reporter.note(
+                f"warning: {', '.join(differ)} changed since this run began; last bits may differ"
+            )
+        self.reporter.note(f"going on at step {self.learner.step_index} of {self.learner.steps}")
+
+    def _description(self) -> dict[str, Any]:
+        return {
+            "config": as_json(self.config),
+            "command": self.command,
+            "device": self.config.device,
+            "hardware": hardware(self.device),
+            "backend": self.learner.model.backend,
+            "pairing": self.learner.model.effective_pairing,
+            "versions": versions(),
+            "commit": commit(),
+        }
+
+    def _open_logs(self) -> TrajectoryLog | None:
+        step = self.learner.step_index
+        if self.config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            folder = self.folder.path / TENSORBOARD
+            self._board = SummaryWriter(folder, purge_step=step or None)
+        if not self.config.trajectory or not any(
+            True for _ in self.learner.model.head_parameters()
+        ):
+            return None
+        return TrajectoryLog(self.folder.path / TRAJECTORY, self.learner.zo, resume=True)
+
+    # ---- the loop
+
+    def _train(self) -> dict[str, Any]:
+        learner, config = self.learner, self.config
+        log = self._open_logs()
+        self._interval = (learner.step_index, self.seconds)
+        self.reporter.start(self.title, learner.step_index, learner.steps)
+        with StopSignals() as stop:
+            started = time.perf_counter()
+            while learner.step_index < learner.steps:
+                learner.step()
+                step = learner.step_index
+                last = step == learner.steps
+                ends_epoch = step % learner.steps_per_epoch == 0
+                logs = step % config.log_steps == 0 or last
+                saves = step % config.checkpoint_steps == 0 or last or stop.received is not None
+                if not (logs or ends_epoch or saves):
+                    continue
+                if logs:
+                    values = learner.read()  # waits for the device: the clock is right
+                self.seconds += time.perf_counter() - started
+                if logs:
+                    self._log_train(values)
+                if ends_epoch:
+                    self._test(step // learner.steps_per_epoch, last)
+                if saves:
+                    self._save(log)
+                if stop.received is not None and not last:
+                    raise Interrupted(stop.received, step, learner.steps, self.folder.path)
+                started = time.perf_counter()
+        return self._finish()
+
+    def _log_train(self, values: dict[str, Any]) -> None:
+        learner = self.learner
+        step, seconds = learner.step_index, self.seconds
+        head, tail = learner.rates()
+        since_step, since_seconds = self._interval
+        self._interval = (step, seconds)
+        line: dict[str, Any] = {
+            "kind": "train",
+            "step": step,
+            "epoch": step / learner.steps_per_epoch,
+            **values,
+            "lr_head": head,
+            "lr_tail": tail,
+            "seconds": round(seconds, 4),
+            "ms_per_step": 1000 * (seconds - since_seconds) / (step - since_step),
+        }
+        self.folder.log(line)
+        self._curve(step, {k: line[k] for k in ("loss", "lr_head", "lr_tail", "ms_per_step")})
+        self.reporter.train(line)
+
+    def _test(self, epoch: int, last: bool) -> None:
+        if epoch % self.config.eval_epochs and not last:
+            return
+        assert self.config.epochs is not None
+        accuracy, loss = self.learner.evaluate()
+        # Of the whole last batch, not since the last line: that sum belongs to the log.
+        train_loss = float(self.learner.losses.mean())
+        line: dict[str, Any] = {
+            "kind": "test",
+            "step": self.learner.step_index,
+            "epoch": epoch,
+            "test_accuracy": accuracy,
+            "test_loss": loss,
+            "train_loss": train_loss if train_loss == train_loss else None,
+            "seconds": round(self.seconds, 4),
+        }
+        self.folder.log(line)
+        self._curve(line["step"], {k: line[k] for k in ("test_accuracy", "test_loss")})
+        self.reporter.test(line, self.config.epochs)
+
+    def _curve(self, step: int, values: dict[str, Any]) -> None:
+        for name, value in values.items() if self._board is not None else ():
+            if value is not None:
+                self._board.add_scalar(name, value, step)
+
+    def _save(self, log: TrajectoryLog | None) -> None:
+        if log is not None:
+            log.drain()
+        if self._board is not None:
+            self._board.flush()
+        state = self.learner.state()
+        self.folder.save({**state, "seconds": self.seconds, "versions": versions()})
+
+    # ---- the end
+
+    def _finish(self) -> dict[str, Any]:
+        tests, lines = self.folder.metrics("test"), self.folder.metrics("train")
+        times = [line["ms_per_step"] for line in lines]
+        times = times[1:] or times  # the first holds compilation and warm-up
+        result = {
+            **self._description(),
+            "test_accuracy": tests[-1]["test_accuracy"],
+            "test_loss": tests[-1]["test_loss"],
+            "best_test_accuracy": max(line["test_accuracy"] for line in tests),
+            "steps": self.learner.steps,
+            "skipped": self.learner.skipped,
+            "seconds": round(self.seconds, 3),
+            "ms_per_step": statistics.median(times),
+            "peak_memory": peak_memory(self.device),
+        }
+        if self.config.plot:
+            draw_curves(self.folder.path / CURVES, self.title, lines, tests)
+        self.folder.finish(result)
+        return result
+
+
+def train(
+    config: TrainConfig, command: str | None = None, reporter: Reporter | None = None
+) -> dict[str, Any]:
+    """Run a configuration to its end; see `Run`."""
+    return Run(config, command, reporter).go()
+
+
+__all__ = ["Interrupted", "Run", "StopSignals", "train"]
