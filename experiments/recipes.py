@@ -55,7 +55,7 @@ LENET = Recipe(
     scale=SCALE,
     head_schedule="linear",
     tail_lr=rates(adam=7e-3, sgd=2e-2),
-    tail_warmup=300,
+    tail_warmup=0.05,  # of the run: 280 of the 5,622 steps of six epochs of MNIST
 )
 
 RECIPES: Mapping[str, Mapping[str, Recipe]] = {
