@@ -105,9 +105,9 @@ def _record(model: ElasticZO, pairing: str, args: Any, kwargs: Any) -> dict[Reco
     recorder = _Recorder(model.module)
     new_pass = model._new_pass
 
-    def noting_pass(**settings: Any) -> Pass:
+    def noting_pass(*args: Any, **settings: Any) -> Pass:
         recorder.outputs.clear()  # a forward that starts again leaves nothing behind
-        recorder.current = new_pass(**settings)
+        recorder.current = new_pass(*args, **settings)
         return recorder.current
 
     with ExitStack() as stack:

@@ -179,8 +179,7 @@ class ElasticZO(nn.Module):
         learn from it (`pair_losses(...).mean().backward()`)."""
         if not self.training:
             raise RuntimeError("clean_forward is for train(); in eval() call the model itself")
-        current = self._new_pass(verify=False, halves=1, perturb=False)
-        return self._run(current, args, kwargs)
+        return self._run(self._new_pass(False, halves=1, perturb=False), args, kwargs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _first_pair(self, args: Any, kwargs: Any) -> Any:
@@ -190,7 +189,7 @@ class ElasticZO(nn.Module):
         generator = generator_state(device)
         self._moving = all_buffers(self.module)
         for _ in range(len(self._plan.parameters) + 2):  # each retry settles one more module
-            current = self._new_pass(verify=True, halves=self.halves)
+            current = self._new_pass(True, self.halves)
             try:
                 with _watching_tail(self.module, self.cut.tail_parameters, current):
                     output = self._run(current, args, kwargs)
@@ -209,12 +208,12 @@ class ElasticZO(nn.Module):
                     self._moving = snapshot.moved()
                     self._before = snapshot if self._before is None else self._before
                     self._verified = True
+                    self._micro_batches += 1
                     return output
                 name = min(missing)
                 self._promote(owner_of(self._plan, self.module, name), [name])
             snapshot.restore()
             set_generator_state(device, generator)
-            self._micro_batches -= 1
         raise AssertionError("the plan of the model did not settle")
 
     def _promote(self, layer: str, parameters: list[str]) -> None:
@@ -230,22 +229,22 @@ class ElasticZO(nn.Module):
     def _pair(self, args: Any, kwargs: Any) -> Any:
         if self._before is None:
             self._before = BufferSnapshot(self._moving)
-        return self._run(self._new_pass(verify=False, halves=self.halves), args, kwargs)
+        output = self._run(self._new_pass(False, self.halves), args, kwargs)
+        self._micro_batches += 1
+        return output
 
     def _new_pass(self, verify: bool, halves: int, perturb: bool = True) -> Pass:
         self._seen = []
         for name, p in self.named_head_parameters():
             refuse_sharded(name, p)
             self._seen.append((id(p), p.data_ptr()))
-        micro_batch = self._micro_batches
-        self._micro_batches += 1
         return Pass(
             self._key,
             self._eps,
             self.noise,
             self.backend,
             halves,
-            micro_batch,
+            self._micro_batches,
             perturb=perturb and not self.cut.everything,
             verify=verify,
         )
@@ -318,6 +317,8 @@ class ElasticZO(nn.Module):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
+        self._micro_batches = 0  # a forward before this belongs to other weights
+        self._before = None
         return self.module.load_state_dict(state_dict, strict=strict, assign=assign)
 
     def _apply(self, fn: Any, recurse: bool = True) -> ElasticZO:

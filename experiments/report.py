@@ -13,7 +13,7 @@ COLUMNS = (
     BarColumn(bar_width=None),
     TextColumn("{task.completed}/{task.total}"),
     TextColumn("loss {task.fields[loss]}"),
-    TextColumn("accuracy {task.fields[accuracy]}"),
+    TextColumn("acc {task.fields[accuracy]}"),
     TextColumn("{task.fields[speed]} steps/s"),
     TimeRemainingColumn(),
 )
@@ -51,8 +51,9 @@ class ConsoleReporter(Reporter):
         if not self.console.is_terminal:
             return
         self.progress = Progress(*COLUMNS, console=self.console)
+        method = title.partition(" ")[0]  # the bar needs the room of a narrow terminal
         self.task = self.progress.add_task(
-            title, total=steps, completed=step, loss="-", accuracy="-", speed="-"
+            method, total=steps, completed=step, loss="-", accuracy="-", speed="-"
         )
         self.progress.start()
 

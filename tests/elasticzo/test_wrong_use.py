@@ -117,6 +117,19 @@ def test_step_without_a_forward_and_twice_after_one() -> None:
         zo.step(losses)
 
 
+def test_a_forward_that_failed_or_was_clean_is_no_forward() -> None:
+    model, zo = make()
+    with pytest.raises(RuntimeError):
+        model(torch.zeros(5, 7))
+    model.clean_forward(X)
+    with pytest.raises(RuntimeError, match=r"zo.step without a training forward"):
+        zo.step(torch.zeros(2))
+    model(X)
+    model.load_state_dict(model.state_dict())
+    with pytest.raises(RuntimeError, match=r"zo.step without a training forward"):
+        zo.step(torch.zeros(2))
+
+
 @pytest.mark.parametrize(
     ("losses", "error", "message"),
     [

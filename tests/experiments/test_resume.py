@@ -120,17 +120,17 @@ def test_killed_cls2_with_batch_norm_and_momentum(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_full_zo_and_its_replay(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"method": "full-zo", "batch_size": 32, "epochs": 10, **SAME}
-    arguments = [*QUICK, "--method", "full-zo", "--batch-size", "32", "--epochs", "10"]
+    settings: dict[str, Any] = {"method": "full-zo", "batch_size": 32, "epochs": 8, **SAME}
+    arguments = [*QUICK, "--method", "full-zo", "--batch-size", "32", "--epochs", "8"]
     train(TrainConfig(**settings, out=tmp_path / "whole"))
     out = tmp_path / "killed"
-    assert kill_and_finish(out, arguments, 3, random.Random(1)) == 3
+    assert kill_and_finish(out, arguments, 2, random.Random(1)) == 2
     assert_same_runs(out, tmp_path / "whole")
 
     model = build_network(resolve(TrainConfig(**settings)))
     first = {k: v.clone() for k, v in model.state_dict().items()}
     steps = len(read_trajectory(out / TRAJECTORY)[1])
-    assert steps == 10 * (1438 // 32)
+    assert steps == 8 * (1438 // 32)
     assert replay(out / TRAJECTORY, model) == steps
     wanted = load_checkpoint(out / CHECKPOINT)["model"]
     assert_same(dict(model.state_dict()), wanted)

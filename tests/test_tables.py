@@ -1,0 +1,22 @@
+"""The README's tables are what the committed results give."""
+
+from __future__ import annotations
+
+import pytest
+
+from experiments.tables import README, Config, main, render
+
+
+def test_the_readme_shows_the_committed_results() -> None:
+    assert main(Config(check=True)) == 0, "run: python -m experiments.tables"
+
+
+def test_a_number_typed_by_hand_is_found() -> None:
+    text = README.read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| Full BP"))
+    assert render(text.replace(row, row.replace("9", "8", 1))) == text
+
+
+def test_a_missing_table_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"README.md has no <!-- accuracy -->"):
+        render("nothing")
