@@ -75,10 +75,10 @@ TABLES: dict[str, Callable[[], str]] = {"accuracy": accuracy_table, "cost": cost
 def render(text: str) -> str:
     """The README with all tables as the results give them."""
     for name, table in TABLES.items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        if not pattern.search(text):
+        found = re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", text, re.DOTALL)
+        if found is None:
             raise ValueError(f"README.md has no <!-- {name} --> ... <!-- /{name} -->")
-        text = pattern.sub(lambda m, table=table: f"{m[1]}{table()}\n{m[2]}", text)
+        text = f"{text[: found.start(1)]}{table()}\n{text[found.end(1) :]}"
     return text
 
 
