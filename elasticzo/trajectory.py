@@ -86,10 +86,10 @@ class TrajectoryLog:
 
     def _cut_back(self, step: int) -> None:
         header, records = read_trajectory(self.path)
-        wanted = {k: v for k, v in self.header.items() if k != "start"}
-        found = {k: v for k, v in header.items() if k != "start"}
-        if wanted != found:
-            keys = [k for k in wanted if wanted[k] != found.get(k)]
+        # Where a log began and with which packages is for the reader; the rest makes the run.
+        settings = [k for k in self.header if k not in ("start", "versions")]
+        keys = [k for k in settings if self.header[k] != header.get(k)]
+        if keys:
             raise ValueError(f"{self.path} is the log of another run: {', '.join(keys)} differ")
         self.header = header
         kept = [r for r in records if r["step"] < step]
