@@ -22,6 +22,7 @@ from elasticzo import ZOSGD, ElasticZO, pair_losses
 from elasticzo.models import LeNet5
 from experiments.environment import commit, hardware, versions
 from experiments.folder import write_json
+from zo_kernels import perturbed_weights, sample, update_
 
 EPS, LR = 1e-3, 1e-6
 RESULT = Path(__file__).parent.parent / "results" / "step_cpu.json"
@@ -135,9 +136,36 @@ def measure(batch: int, rounds: int) -> dict[str, float]:
     return result
 
 
+def noise_costs(rounds: int) -> dict[str, float]:
+    """Nanoseconds a weight of the noise itself, of both halves from it, and of the update, for a
+    matrix of a million weights; `torch.randn` beside them."""
+    w = torch.randn(1000, 1024)
+    key, eps = torch.tensor([0, 0]), torch.tensor(EPS, dtype=torch.float64)
+    one, skip = torch.ones(1, dtype=torch.float64), torch.zeros(())
+    runs: dict[str, Callable[[], object]] = {
+        "normal": lambda: sample(w.shape, key, tensor=0),
+        "sign": lambda: sample(w.shape, key, tensor=0, noise="rademacher"),
+        "both_halves": lambda: perturbed_weights(w, key, eps, tensor=0),
+        "update": lambda: update_(
+            [w], key, 0 * one, one, 0 * one, skip, tensors=[0], groups=[0], scales=[1.0]
+        ),
+        "torch_randn": lambda: torch.randn(w.shape),
+    }
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for i in range(rounds + 5):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if i >= 5:
+                times[name].append(time.perf_counter() - start)
+    return {name: 1e9 * statistics.median(t) / w.numel() for name, t in times.items()}
+
+
 def main(config: Config) -> None:
     torch.set_num_threads(config.threads)
     verify()
+    noise = noise_costs(config.rounds)
+    print("ns a weight: " + ", ".join(f"{name} {ns:.2f}" for name, ns in noise.items()))
     rows = {}
     for batch in config.batches:
         rows[str(batch)] = row = measure(batch, config.rounds)
@@ -153,6 +181,7 @@ def main(config: Config) -> None:
         "commit": commit(),
         "versions": versions(),
         "hardware": hardware(torch.device("cpu")),
+        "ns_per_weight": noise,
         "batches": rows,
     }
     write_json(config.out, written)
