@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from elasticzo.passes import Pass
 from elasticzo.state import BufferSnapshot, all_buffers, generator_state, set_generator_state
+from elasticzo.verify import circumstances
 
 if TYPE_CHECKING:
     from elasticzo.wrapper import ElasticZO
@@ -112,8 +113,9 @@ def _record(model: ElasticZO, pairing: str, args: Any, kwargs: Any) -> dict[Reco
 
     with ExitStack() as stack:
         try:
-            if not model._verified:
+            if model._verified != circumstances(model):
                 model(*args, **kwargs)
+                model._micro_batches = saved["_micro_batches"]  # the same dropout masks again
             model.pairing = pairing
             model._eps = torch.full_like(model._eps, CHECK_EPS)
             model.__dict__["_new_pass"] = noting_pass

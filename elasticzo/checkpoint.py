@@ -80,6 +80,9 @@ def _on_cpu(value: Any, name: str) -> Any:
     if isinstance(value, Tensor):
         return value.detach().cpu()
     if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, (str, int)):
+                raise TypeError(f"keys of {name} must be strings or integers, got {key!r}")
         return {k: _on_cpu(v, f"{name}[{k!r}]") for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         items = [_on_cpu(v, f"{name}[{i}]") for i, v in enumerate(value)]
@@ -89,6 +92,8 @@ def _on_cpu(value: Any, name: str) -> Any:
             f"{name} must be a tensor, a string, a number, None or a container of those, "
             f"got {type(value).__name__}"
         )
+    if isinstance(value, float):
+        return float(value)  # numpy's float64 is one, too, and would not be read again
     return value
 
 

@@ -16,16 +16,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from elasticzo.dropout import dropout
-from elasticzo.layers import MATMULS, PAIRED
+from elasticzo.layers import MATMULS, PAIRED, conv_of_shared, shares_input
 from elasticzo.passes import Pass
-from elasticzo.plan import Layer, Plan, compute_dtype
+from elasticzo.plan import CLOSED, Layer, Plan, compute_dtype
 from elasticzo.state import (
     BufferSnapshot,
     Slot,
     generator_state,
     set_generator_state,
 )
-from elasticzo.trees import has_tensor, join, split_half
+from elasticzo.trees import has_tensor, join, same_plain, split_half
 
 
 class NotByHalf(Exception):
@@ -49,11 +49,13 @@ class _Reads(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if self.current.watched and has_tensor(result):  # `.shape`, `.dtype` read no value
+        current = self.current
+        if not current.staging and has_tensor(result):  # `.shape`, `.dtype` read no value
             for leaf in pytree.tree_leaves((args, kwargs)):
-                name = self.current.watched.get(id(leaf))
-                if name is not None:
-                    self.current.consumed.add(name)
+                if id(leaf) in current.watched:
+                    current.consumed.add(current.watched[id(leaf)])
+                elif id(leaf) in current.raw:
+                    current.read_raw.add(current.raw[id(leaf)])
         return result
 
 
@@ -103,7 +105,7 @@ def _call(
 ) -> Any:
     """What a layer's module runs instead of its own forward."""
     if layer.kind == "fallback":
-        return _run_fallback(current, layer, forward, moving, args, kwargs)
+        return _run_fallback(current, layer, forward, moving, wanted, args, kwargs)
     x = args[0] if args else kwargs["input"]
     n = current.count
     if n > 1 and (x.dim() == 0 or x.shape[0] % n):
@@ -132,15 +134,20 @@ def _run_paired(current: Pass, layer: Layer, x: Tensor, wanted: torch.dtype | No
             staged[local] = current.stage(p, layer.head[local], dtype)
         else:
             staged[local] = p.expand(current.count, *p.shape)
+    run: Callable[..., Tensor] = PAIRED[type(m)]
+    half = current.original(x)
+    if half is not None and shares_input(m):
+        run, x = conv_of_shared, half  # the model's input as it came: read once for all halves
     if dtype is None or wanted is None:
-        return PAIRED[type(m)](m, x, staged, current.count)
+        return run(m, x, staged, current.count)
     cast = {k: t if t is None else t.to(dtype) for k, t in staged.items()}
-    return PAIRED[type(m)](m, x.to(dtype), cast, current.count).to(x.dtype)
+    return run(m, x.to(dtype), cast, current.count).to(x.dtype)
 
 
 @contextmanager
-def _swapped(current: Pass, layer: Layer) -> Iterator[None]:
+def _swapped(current: Pass, layer: Layer, wanted: torch.dtype | None) -> Iterator[None]:
     """The parameters of a fallback, perturbed for the half that runs."""
+    computed_in = compute_dtype(current.key.device, wanted)
     restore: list[tuple[nn.Module, str, Any]] = []
     try:
         for module, local, head in layer.swaps:
@@ -149,7 +156,7 @@ def _swapped(current: Pass, layer: Layer) -> Iterator[None]:
             p = module._parameters[local]
             assert p is not None
             known = head.name in current.consumed
-            w = current.stage(p, head)[0]
+            w = current.stage(p, head, computed_in=computed_in if p.dim() > 1 else None)[0]
             if current.verify:
                 if not known:
                     current.consumed.discard(head.name)  # reading it is what counts
@@ -172,18 +179,21 @@ def _run_fallback(
     layer: Layer,
     forward: Callable[..., Any],
     moving: Sequence[Slot],
+    wanted: torch.dtype | None,
     args: Any,
     kwargs: Any,
 ) -> Any:
     if current.half is not None:
-        with _swapped(current, layer):
+        with _swapped(current, layer, wanted):
             return forward(*args, **kwargs)
     if not has_tensor((args, kwargs)):
         raise NotByHalf(layer)
     inside = {id(m) for m in layer.module.modules()}
     slots = [(m, name) for m, name in moving if id(m) in inside]
     shared = current.unbatched | {id(b) for b in layer.module.buffers()}
+    args, kwargs = _mask_rows(layer, args, kwargs)
     shared |= _square_masks(layer, args, kwargs)
+    _check_roles(current, layer, args, kwargs, shared)
     states = _take_states(layer, args, kwargs)
 
     def run(half: int) -> Any:
@@ -191,7 +201,8 @@ def _run_fallback(
         if states is not None:
             part = split_half(states, current.halves, half, shared, layer.name, dim=1)
             a, k = a[:1], {"hx": part}
-        with _swapped(current, layer):
+        a, k = _flat_masks(layer, a, k)
+        with _swapped(current, layer, wanted):
             return forward(*a, **k)
 
     device = current.key.device
@@ -208,6 +219,43 @@ def _take_states(layer: Layer, args: Any, kwargs: Any) -> Any:
     if not isinstance(layer.module, nn.RNNBase):
         return None
     return args[1] if len(args) > 1 else kwargs.get("hx")
+
+
+def _check_roles(current: Pass, layer: Layer, args: Any, kwargs: Any, shared: set[int]) -> None:
+    """A tensor as long as the stacked batch may be a table of just that length. What attention and
+    recurrent modules take is known, and so are the model's own inputs; of anything else but the
+    first argument nothing is guessed: the module around decides."""
+    if isinstance(layer.module, CLOSED):
+        return
+    leaves = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim()]
+    for x in leaves[1:]:
+        same_length = x.shape[0] == leaves[0].shape[0]
+        if same_length and x is not leaves[0] and id(x) not in shared | current.batched.keys():
+            raise NotByHalf(layer)
+
+
+def _mask_rows(layer: Layer, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """An attention mask `[B * heads, L, S]` as `[B, heads, L, S]`, so that it divides by rows."""
+    return _map_mask(
+        layer, args, kwargs, 3, lambda m, mask: mask.reshape(-1, m.num_heads, *mask.shape[1:])
+    )
+
+
+def _flat_masks(layer: Layer, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    return _map_mask(layer, args, kwargs, 4, lambda m, mask: mask.flatten(0, 1))
+
+
+def _map_mask(
+    layer: Layer, args: Any, kwargs: Any, dim: int, change: Callable[[Any, Tensor], Tensor]
+) -> tuple[Any, Any]:
+    if not isinstance(layer.module, nn.MultiheadAttention):
+        return args, kwargs
+    if len(args) > 5 and isinstance(args[5], Tensor) and args[5].dim() == dim:
+        return (*args[:5], change(layer.module, args[5]), *args[6:]), kwargs
+    mask = kwargs.get("attn_mask")
+    if isinstance(mask, Tensor) and mask.dim() == dim:
+        kwargs = {**kwargs, "attn_mask": change(layer.module, mask)}
+    return args, kwargs
 
 
 def _square_masks(layer: Layer, args: Any, kwargs: Any) -> set[int]:
@@ -257,6 +305,8 @@ def _join_outputs(layer: Layer, outputs: list[Any], inputs: Any, n: int) -> Any:
 
     def merge(parts: Sequence[Any]) -> Any:
         if not isinstance(parts[0], Tensor):
+            if not same_plain(parts):
+                raise NotByHalf(layer)
             return parts[0]
         if parts[0].dim() == 0 or parts[0].shape[0] != batch:
             raise NotByHalf(layer)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 Staged = dict[str, Tensor | None]
@@ -49,6 +50,20 @@ def conv(m: Any, x: Tensor, staged: Staged, n: int) -> Tensor:
     assert w is not None
     y: Tensor = by_half(x, n, lambda part, h: m._conv_forward(part, w[h], _pick(b, h)))
     return y
+
+
+def shares_input(m: nn.Module) -> bool:
+    """Whether all halves of a shared input can come from one call of `m`."""
+    return isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and m.groups == 1
+
+
+def conv_of_shared(m: Any, x: Tensor, staged: Staged, n: int) -> Tensor:
+    """All halves of a convolution of one input `[B, ...]`: their filters as output channels."""
+    w, b = staged["weight"], staged["bias"]
+    assert w is not None
+    y = m._conv_forward(x, w.flatten(0, 1), None if b is None else b.flatten())
+    by_half_first: Tensor = rearrange(y, "b (n c) ... -> (n b) c ...", n=n)
+    return by_half_first
 
 
 def layer_norm(m: nn.LayerNorm, x: Tensor, staged: Staged, n: int) -> Tensor:
@@ -128,4 +143,12 @@ PAIRED: dict[type[nn.Module], Callable[..., Tensor]] = {
 MATMULS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-__all__ = ["BATCH_NORMS", "MATMULS", "PAIRED", "by_half", "halves_of"]
+__all__ = [
+    "BATCH_NORMS",
+    "MATMULS",
+    "PAIRED",
+    "by_half",
+    "conv_of_shared",
+    "halves_of",
+    "shares_input",
+]

@@ -113,8 +113,10 @@ class ZOSGD(torch.optim.Optimizer):
         if model._before is not None and model._moving:
             model._before.restore_where(found != 0)
         if self._log is not None:
-            self._log.record(model._key[1], found, rates, losses)
+            self._log.record(model._key[1], found, rates, decays, losses)
         self._skips += found.to(torch.int64)
+        model._last_found.copy_(found)
+        model._stepped = True
         _next_step(model)
 
     def _update(self, losses: Tensor, rates: Tensor, decays: Tensor, found: Tensor) -> None:
@@ -249,6 +251,7 @@ class ZOSGD(torch.optim.Optimizer):
             "noise": model.noise,
             "queries": model.queries,
             "clip": self.clip,
+            "scale": {name: head.scale for name, head in model._plan.parameters.items()},
         }
         return state
 
@@ -261,19 +264,31 @@ class ZOSGD(torch.optim.Optimizer):
             raise ValueError("state_dict must be one of ZOSGD, with a 'zo' entry")
         saved = state_dict["zo"]
         model = self.model
-        now = {"eps": model.eps, "noise": model.noise, "queries": model.queries, "clip": self.clip}
+        now = {
+            "eps": model.eps,
+            "noise": model.noise,
+            "queries": model.queries,
+            "clip": self.clip,
+            "scale": {name: head.scale for name, head in model._plan.parameters.items()},
+        }
         different = [f"{k} was {saved[k]!r}, is {v!r}" for k, v in now.items() if saved[k] != v]
         if different:
             raise ValueError("the saved run differs: " + "; ".join(different))
         super().load_state_dict(copy.copy({k: v for k, v in state_dict.items() if k != "zo"}))
-        model.seed = int(saved["seed"])
+        model._seed = int(saved["seed"])
         model._key.copy_(torch.tensor([model.seed, int(saved["step"])], dtype=torch.int64))
         self._skips.fill_(int(saved["skipped"]))
         self._last_read_skips = int(saved["skipped"])
         _forget_forwards(model)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_log"} | {"_log": None}
+        # A copy writes no log, and finds its own parameters; a scheduler's patch of `step` stays.
+        left: dict[str, Any] = {"_log": None, "_cached": None, "_known": set()}
+        return {k: v for k, v in self.__dict__.items() if k != "step"} | left
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._known = {id(p) for group in self.param_groups for p in group["params"]}
 
 
 def _complete_groups(

@@ -46,6 +46,12 @@ class Pass:
     swapped: set[tuple[int, str]] = field(default_factory=set)
     watched: dict[int, str] = field(default_factory=dict)  # id of a swapped weight -> its name
     held: list[Tensor] = field(default_factory=list)  # keeps those ids unique while verifying
+    raw: dict[int, str] = field(default_factory=dict)  # id of a head parameter itself -> its name
+    read_raw: set[str] = field(default_factory=set)  # those read without perturbation
+    staging: bool = False  # while the pass itself reads them
+    # Stacked inputs by id, as (stacked, its version, one half): they carry the batch, and while
+    # nobody wrote to them their halves agree.
+    batched: dict[int, tuple[Tensor, int, Tensor]] = field(default_factory=dict)
     unbatched: set[int] = field(default_factory=set)
     calls: dict[tuple[int, int | None], int] = field(default_factory=dict)
     tail_ran: str | None = None
@@ -56,8 +62,30 @@ class Pass:
         """Halves that a module called now serves."""
         return self.halves if self.half is None else 1
 
-    def stage(self, w: Tensor, head: HeadParameter, dtype: torch.dtype | None = None) -> Tensor:
-        """Perturbed weights of the halves that run now: `[count, *w.shape]`."""
+    def stage(
+        self,
+        w: Tensor,
+        head: HeadParameter,
+        dtype: torch.dtype | None = None,
+        computed_in: torch.dtype | None = None,
+    ) -> Tensor:
+        """Perturbed weights of the halves that run now: `[count, *w.shape]`.
+
+        `computed_in` is the dtype that autocast will round them to, where it is not `dtype`.
+        """
+        self.staging = True
+        try:
+            return self._stage(w, head, dtype, computed_in)
+        finally:
+            self.staging = False
+
+    def _stage(
+        self,
+        w: Tensor,
+        head: HeadParameter,
+        dtype: torch.dtype | None,
+        computed_in: torch.dtype | None,
+    ) -> Tensor:
         self.consumed.add(head.name)
         if self.verify and self.tail_ran is not None:
             raise ValueError(
@@ -82,7 +110,7 @@ class Pass:
         if head.still_row is not None:
             halves[:, head.still_row] = w.detach()[head.still_row]
         if self.verify:
-            _check_perturbed(w, halves, head, float(self.eps))
+            _check_perturbed(w, halves.to(computed_in or halves.dtype), head, float(self.eps))
         return halves
 
     @contextmanager
@@ -96,6 +124,11 @@ class Pass:
             self.half = before
             if half + 1 < self.halves:  # the next half starts where this one did
                 self.tail_ran = tail_ran
+
+    def original(self, x: Tensor) -> Tensor | None:
+        """One half of a stacked input that is still as the wrapper made it, else None."""
+        stacked, version, half = self.batched.get(id(x), (None, 0, None))
+        return half if stacked is x and x._version == version else None
 
     def next_call(self, module: nn.Module) -> int:
         """How often `module` was called before in this half: distinguishes reused modules."""

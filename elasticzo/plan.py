@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from elasticzo.cut import Cut
@@ -90,8 +91,11 @@ def build_plan(model: nn.Module, cut: Cut, scale: Mapping[str, float] | None) ->
                 plan.layers[name] = Layer(name, module, "paired", head=own)
         elif isinstance(module, CLOSED) or parametrize.is_parametrized(module):
             closed.append(name)
-            if swaps:
+            if swaps or any(isinstance(inner, _BatchNorm) for inner in module.modules()):
                 plan.layers[name] = Layer(name, module, "fallback", swaps=swaps)
+        elif isinstance(module, _BatchNorm):  # a subclass: each half by its own statistics
+            closed.append(name)
+            plan.layers[name] = Layer(name, module, "fallback", swaps=swaps)
         elif own:
             swaps = [(module, local, head) for local, head in own.items()]
             plan.layers[name] = Layer(name, module, "fallback", swaps=swaps)
@@ -101,6 +105,8 @@ def build_plan(model: nn.Module, cut: Cut, scale: Mapping[str, float] | None) ->
 def _head_parameters(
     model: nn.Module, cut: Cut, scale: Mapping[str, float]
 ) -> dict[str, HeadParameter]:
+    if not isinstance(scale, Mapping):
+        raise TypeError(f"scale must be {{name pattern: number}}, got {scale!r}")
     head = set(cut.head_parameters)
     for pattern, value in scale.items():
         if not any(fnmatch.fnmatchcase(name, pattern) for name in head):

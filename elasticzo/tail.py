@@ -21,6 +21,8 @@ def gate_on(model: ElasticZO) -> Tensor:
     `model.backward` looked at the losses; after a plain `losses.mean().backward()` the gradients
     are what can be looked at.
     """
+    if model._micro_batches == 0 and model._stepped:  # zo.step came first
+        return model._last_found
     if model._gated:
         return model._found
     grads = [p.grad for p in model.tail_parameters() if p.grad is not None]
@@ -39,16 +41,23 @@ def tail_optimizer(
     if _can_fuse(cls, parameters, settings):
         settings = {**settings, "fused": True}
     optimizer = cls(groups, **settings)
-    fused = bool(optimizer.defaults.get("fused"))
-    if fused:
+    if optimizer.defaults.get("fused"):
         _start_momentum(optimizer)
     plain_step = optimizer.step
 
     def step(self: torch.optim.Optimizer, closure: Any = None) -> Any:
         skip = gate_on(model)
-        if fused:
-            self.found_inf = skip  # type: ignore[attr-defined]
-            return plain_step(closure)
+        if all(group.get("fused") for group in self.param_groups):
+            scaler_found = getattr(self, "found_inf", None)  # GradScaler says so in the same way
+            both = skip if scaler_found is None else torch.maximum(skip, scaler_found.to(skip))
+            self.found_inf = both  # type: ignore[attr-defined]
+            try:
+                return plain_step(closure)
+            finally:
+                if scaler_found is None:
+                    del self.found_inf  # type: ignore[attr-defined]
+                else:
+                    self.found_inf = scaler_found  # type: ignore[attr-defined]
         if skip.item() != 0:  # no device-side gate in this class: the flag is read on the host
             return None
         return plain_step(closure)

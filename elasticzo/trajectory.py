@@ -48,7 +48,7 @@ class TrajectoryLog:
         self.path = Path(path)
         model = zo.model
         self.header = _header(zo)
-        width = 2 + len(zo.param_groups) + model.halves
+        width = 2 + 2 * len(zo.param_groups) + model.halves
         self._groups = len(zo.param_groups)
         self._ring = torch.zeros(capacity, width, dtype=torch.float64, device=model._key.device)
         self._filled = 0
@@ -60,13 +60,17 @@ class TrajectoryLog:
             _write_whole(self.path, json.dumps(self.header) + "\n")
         zo.attach(self)
 
-    def record(self, step: Tensor, skipped: Tensor, rates: Tensor, losses: Tensor) -> None:
+    def record(
+        self, step: Tensor, skipped: Tensor, rates: Tensor, decays: Tensor, losses: Tensor
+    ) -> None:
+        """Take note of one step; waits for the device only when the ring is full."""
         if self._filled == self._ring.shape[0]:
             self.drain()
         row = self._ring[self._filled]
         row[0], row[1] = step, skipped
         row[2 : 2 + self._groups] = rates
-        row[2 + self._groups :] = losses
+        row[2 + self._groups : 2 + 2 * self._groups] = decays
+        row[2 + 2 * self._groups :] = losses
         self._filled += 1
 
     def drain(self) -> None:
@@ -75,8 +79,14 @@ class TrajectoryLog:
             return
         lines = []
         for row in self._ring[: self._filled].tolist():
-            rates, losses = row[2 : 2 + self._groups], row[2 + self._groups :]
-            record = {"step": int(row[0]), "lr": rates, "losses": losses, "skipped": int(row[1])}
+            values, groups = row[2:], self._groups
+            record = {
+                "step": int(row[0]),
+                "lr": values[:groups],
+                "weight_decay": values[groups : 2 * groups],
+                "losses": values[2 * groups :],
+                "skipped": int(row[1]),
+            }
             lines.append(json.dumps(record) + "\n")
         with self.path.open("a") as file:
             file.write("".join(lines))
@@ -93,6 +103,9 @@ class TrajectoryLog:
             raise ValueError(f"{self.path} is the log of another run: {', '.join(keys)} differ")
         self.header = header
         kept = [r for r in records if r["step"] < step]
+        missing = set(range(header["start"], step)) - {r["step"] for r in kept}
+        if missing:
+            raise ValueError(f"{self.path} has no record of step {min(missing)}: it cannot go on")
         _write_whole(self.path, "".join(json.dumps(r) + "\n" for r in [header, *kept]))
 
 
@@ -119,7 +132,6 @@ def _header(zo: ZOSGD) -> dict[str, Any]:
         "noise": model.noise,
         "queries": model.queries,
         "clip": zo.clip,
-        "weight_decay": [float(group["weight_decay"]) for group in zo.param_groups],
         "head": head,
         "backend": model.backend,
         "versions": {
@@ -187,7 +199,6 @@ def replay(path: str | Path, model: ElasticZO, steps: int | None = None) -> int:
         for p, h in zip(params, head, strict=True)
         if h["still_row"] is not None
     ]
-    decays = torch.tensor(header["weight_decay"], dtype=torch.float64, device=device)
     key = torch.tensor([header["seed"], 0], dtype=torch.int64, device=device)
     eps = torch.tensor(header["eps"], dtype=torch.float64, device=device)
     expected = header["start"]
@@ -205,7 +216,7 @@ def replay(path: str | Path, model: ElasticZO, steps: int | None = None) -> int:
             key,
             (g.clamp(-clip, clip) / header["queries"]).to(device),
             torch.tensor(record["lr"], dtype=torch.float64, device=device),
-            decays,
+            torch.tensor(record["weight_decay"], dtype=torch.float64, device=device),
             torch.zeros((), dtype=torch.float32, device=device),
             tensors=[h["index"] for h in head],
             groups=[h["group"] for h in head],
@@ -215,7 +226,8 @@ def replay(path: str | Path, model: ElasticZO, steps: int | None = None) -> int:
         )
         for row, value in still:
             row.copy_(value)
-    model._key.copy_(torch.tensor([header["seed"], expected], dtype=torch.int64))
+    model._seed = int(header["seed"])
+    model._key.copy_(torch.tensor([model._seed, expected], dtype=torch.int64))
     return int(expected)
 
 

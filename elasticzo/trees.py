@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
+PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+
 
 class Unbatched:
     """A model input whose dimension 0 is not the batch; made by `unbatched`."""
@@ -32,13 +34,34 @@ def unbatched(tensor: Tensor) -> Unbatched:
 
 def strip(tree: Any) -> Any:
     """The inputs without their `unbatched` marks."""
+    if not any(isinstance(x, Unbatched) for x in pytree.tree_leaves(tree)):
+        return tree  # as given: a model may keep or change its lists
     return pytree.tree_map(lambda x: x.tensor if isinstance(x, Unbatched) else x, tree)
 
 
-def stack_inputs(tree: Any, n: int) -> tuple[Any, set[int]]:
+def same_plain(values: Sequence[Any]) -> bool:
+    """Whether the halves agree on a value that is no tensor and can hide none."""
+    return all(isinstance(v, PLAIN) and v == values[0] for v in values)
+
+
+def check_leaves(tree: Any, what: str) -> None:
+    """Refuse objects that hide tensors from the wrapper (a dataclass, say)."""
+    for x in pytree.tree_leaves(tree):
+        inside = vars(x).values() if hasattr(x, "__dict__") and not isinstance(x, Tensor) else ()
+        if isinstance(x, Unbatched):
+            continue
+        if any(isinstance(v, Tensor) for v in inside):
+            raise TypeError(
+                f"{what} holds tensors in a {type(x).__name__}, which the wrapper cannot look "
+                "into: use tuples, lists and dictionaries, or register the type with torch's pytree"
+            )
+
+
+def stack_inputs(tree: Any, n: int) -> tuple[Any, set[int], dict[int, tuple[Tensor, int, Tensor]]]:
     """Repeat every batched tensor n times along dimension 0.
 
-    Returns: the stacked tree, and the ids of the tensors that are shared by all halves.
+    Returns: the stacked tree, the ids of the tensors that are shared by all halves, and those that
+    carry the batch, by id: (stacked, its version, one half).
     Raises: ValueError for an input whose dimension 0 is not the batch and is not declared.
     """
     leaves, spec = pytree.tree_flatten(tree)
@@ -46,6 +69,7 @@ def stack_inputs(tree: Any, n: int) -> tuple[Any, set[int]]:
     if batch is None:
         raise ValueError("a stacked forward needs a tensor input whose dimension 0 is the batch")
     shared: set[int] = set()
+    batched: dict[int, tuple[Tensor, int, Tensor]] = {}
     stacked = []
     for x in leaves:
         if isinstance(x, Unbatched):
@@ -58,9 +82,10 @@ def stack_inputs(tree: Any, n: int) -> tuple[Any, set[int]]:
                     "dimension 0; declare it with elasticzo.unbatched(...), or use "
                     "pairing='sequential'"
                 )
-            x = torch.cat([x] * n)
+            half, x = x, torch.cat([x] * n)
+            batched[id(x)] = (x, x._version, half)
         stacked.append(x)
-    return pytree.tree_unflatten(stacked, spec), shared
+    return pytree.tree_unflatten(stacked, spec), shared, batched
 
 
 def split_half(tree: Any, n: int, half: int, shared: set[int], name: str, dim: int = 0) -> Any:
@@ -104,12 +129,42 @@ def join(trees: Sequence[Any], merge: Callable[[Sequence[Any]], Any]) -> Any:
     return pytree.tree_unflatten(merged, flat[0][1])
 
 
+def stack_leaves(parts: Sequence[Any]) -> Any:
+    """One leaf of the outputs of halves run one by one: tensors stacked, plain values equal."""
+    if isinstance(parts[0], Tensor):
+        return torch.stack(list(parts))
+    if not same_plain(parts):
+        raise ValueError(
+            f"the model returned a {type(parts[0]).__name__} that differs between the halves, or "
+            "may hold tensors: return tensors in tuples, lists or dictionaries"
+        )
+    return parts[0]
+
+
+class InputsStay:
+    """Runs a model on the same inputs again and again, and refuses one that writes them."""
+
+    def __init__(self, inputs: tuple[Any, Any]) -> None:
+        self.args, self.kwargs = inputs
+        tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
+        self.versions = [(x, x._version) for x in tensors if not x.is_inference()]
+
+    def run(self, model: Callable[..., Any], half: int) -> Any:
+        output = model(*self.args, **self.kwargs)
+        if any(x._version != version for x, version in self.versions):
+            raise ValueError(
+                "the model writes its input in place: the next half would start from it; clone the "
+                "input inside the model"
+            )
+        return output
+
+
 def unstack_outputs(tree: Any, n: int) -> Any:
     """`[n * B, ...]` -> `[n, B, ...]` for every tensor of the output."""
 
     def split(x: Any) -> Any:
         if not isinstance(x, Tensor):
-            return x
+            return stack_leaves([x])
         if x.dim() == 0 or x.shape[0] % n:
             raise ValueError(
                 f"the model returned a tensor of shape {list(x.shape)}, whose dimension 0 is not "
@@ -121,11 +176,15 @@ def unstack_outputs(tree: Any, n: int) -> Any:
 
 
 __all__ = [
+    "InputsStay",
     "Unbatched",
+    "check_leaves",
     "has_tensor",
     "join",
+    "same_plain",
     "split_half",
     "stack_inputs",
+    "stack_leaves",
     "strip",
     "unbatched",
     "unstack_outputs",

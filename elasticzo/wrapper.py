@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,19 +11,22 @@ from torch import Tensor, nn
 from elasticzo.check import check_stacked
 from elasticzo.cut import Tail, resolve_cut
 from elasticzo.distributed import refuse_sharded, refuse_wrapped
-from elasticzo.engine import NotByHalf, UsesGenerator, each_half, run_stacked, taken_over
+from elasticzo.engine import UsesGenerator, each_half, run_stacked, taken_over
 from elasticzo.losses import check_losses, select_source
 from elasticzo.passes import Pass
-from elasticzo.plan import build_plan, owner_of, promote
-from elasticzo.state import (
-    BufferSnapshot,
-    Slot,
-    all_buffers,
-    generator_state,
-    set_generator_state,
-)
+from elasticzo.plan import build_plan
+from elasticzo.state import BufferSnapshot, Slot, all_buffers
 from elasticzo.tail import gate_on, tail_optimizer
-from elasticzo.trees import join, stack_inputs, strip, unstack_outputs
+from elasticzo.trees import (
+    InputsStay,
+    check_leaves,
+    join,
+    stack_inputs,
+    stack_leaves,
+    strip,
+    unstack_outputs,
+)
+from elasticzo.verify import DRAWS, circumstances, first_pair
 from zo_kernels import BACKENDS, resolve_backend
 from zo_kernels._lib import MAX_QUERIES, NOISES
 
@@ -80,13 +82,15 @@ class ElasticZO(nn.Module):
                 f"memory_budget and example_input belong to tail='auto', got tail={tail!r}"
             )
         self.module = model
-        self.eps = float(eps)
+        self._wrapped_modules = list(model.modules())
         self.noise = noise
         self.queries = queries
-        self.seed = seed
         self.pairing = pairing
         self.compute_dtype = compute_dtype
         self._wanted_backend = backend
+        for p in model.parameters():
+            if getattr(p, "_elasticzo_head", False):  # frozen by a wrapper before, not by the user
+                p.requires_grad_(True)
         self.cut = resolve_cut(model, tail)
         self._plan = build_plan(model, self.cut, scale)
         if pairing == "stacked" and self._plan.sequence_first and not self.cut.everything:
@@ -98,15 +102,20 @@ class ElasticZO(nn.Module):
         for name, p in model.named_parameters():
             if name in self._plan.parameters:
                 p.requires_grad_(False)
+                p._elasticzo_head = True  # type: ignore[attr-defined]
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._backend = resolve_backend(backend, device)
         self._key = torch.tensor([seed, 0], dtype=torch.int64, device=device)
         self._eps = torch.tensor(float(eps), dtype=torch.float64, device=device)
         self._next = torch.tensor([0, 1], dtype=torch.int64, device=device)
         self._found = torch.zeros((), dtype=torch.float32, device=device)
+        self._last_found = torch.zeros_like(self._found)  # of the step before
+        self._seed, self._eps_value = seed, float(eps)
+        self._stepped = False  # whether a step was done since wrapping
         self._gated = False  # whether `backward` looked at this step's losses
         self._micro_batches = 0  # training forwards since the last step
-        self._verified = False
+        # What the plan was verified under; None before the first forward.
+        self._verified: tuple[Any, ...] | None = None
         self._compiled = False  # whether torch.compile traces around the paired layers
         self._mixes_generator = False
         self._moving: list[Slot] = []
@@ -114,6 +123,16 @@ class ElasticZO(nn.Module):
         self._seen: list[tuple[int, int]] = []  # head parameters as the last forward read them
 
     # ---- what it is
+
+    @property
+    def eps(self) -> float:
+        """Perturbation scale; fixed, since a log and a checkpoint state it for the whole run."""
+        return self._eps_value
+
+    @property
+    def seed(self) -> int:
+        """Seed of the noise."""
+        return self._seed
 
     @property
     def halves(self) -> int:
@@ -170,7 +189,8 @@ class ElasticZO(nn.Module):
             return self.module(*strip(args), **strip(kwargs))
         if torch.compiler.is_compiling():
             self._compiled = True
-        if self._verified:
+        check_leaves((args, kwargs), "an input")
+        if self._verified == circumstances(self):
             return self._pair(args, kwargs)
         return self._first_pair(args, kwargs)
 
@@ -179,57 +199,28 @@ class ElasticZO(nn.Module):
         learn from it (`pair_losses(...).mean().backward()`)."""
         if not self.training:
             raise RuntimeError("clean_forward is for train(); in eval() call the model itself")
-        return self._run(self._new_pass(False, halves=1, perturb=False), args, kwargs)
+        buffers = BufferSnapshot(all_buffers(self.module))
+        output = self._run(self._new_pass(False, halves=1, perturb=False), args, kwargs)
+        buffers.restore()  # statistics move with the pair, once a micro-batch
+        return output
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _first_pair(self, args: Any, kwargs: Any) -> Any:
-        """The first forward: finds what moves, and checks that every parameter was perturbed."""
-        device = self._key.device
-        snapshot = BufferSnapshot(all_buffers(self.module))
-        generator = generator_state(device)
-        self._moving = all_buffers(self.module)
-        for _ in range(len(self._plan.parameters) + 2):  # each retry settles one more module
-            current = self._new_pass(True, self.halves)
-            try:
-                with _watching_tail(self.module, self.cut.tail_parameters, current):
-                    output = self._run(current, args, kwargs)
-            except NotByHalf as problem:
-                self._promote(problem.layer.name, [h.name for *_, h in problem.layer.swaps])
-            except UsesGenerator:
-                self._mixes_generator = True
-                warnings.warn(
-                    "the model draws from torch's generator outside nn.Dropout; its halves run one "
-                    "after the other from the same generator state",
-                    stacklevel=4,
-                )
-            else:
-                missing = set(self._plan.parameters) - current.consumed
-                if not missing:
-                    self._moving = snapshot.moved()
-                    self._before = snapshot if self._before is None else self._before
-                    self._verified = True
-                    self._micro_batches += 1
-                    return output
-                name = min(missing)
-                self._promote(owner_of(self._plan, self.module, name), [name])
-            snapshot.restore()
-            set_generator_state(device, generator)
-        raise AssertionError("the plan of the model did not settle")
-
-    def _promote(self, layer: str, parameters: list[str]) -> None:
-        if not layer:
-            raise ValueError(
-                f"head parameter {parameters[0]!r} was not perturbed in the forward (it is not "
-                "used, or not through its module): freeze it with requires_grad_(False) before "
-                "wrapping"
-            )
-        promote(self._plan, self.module, layer, parameters)
+        output = first_pair(self, args, kwargs)
+        self._verified = circumstances(self)
+        self._micro_batches += 1
+        return output
 
     @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]
     def _pair(self, args: Any, kwargs: Any) -> Any:
         if self._before is None:
             self._before = BufferSnapshot(self._moving)
-        output = self._run(self._new_pass(False, self.halves), args, kwargs)
+        try:
+            output = self._run(self._new_pass(False, self.halves), args, kwargs)
+        except UsesGenerator:
+            self._mixes_generator = True
+            self._before.restore()
+            raise RuntimeError(f"{DRAWS}; it did not before: repeat this step") from None
         self._micro_batches += 1
         return output
 
@@ -255,14 +246,13 @@ class ElasticZO(nn.Module):
         settings = (self._moving, self.compute_dtype, self._compiled)
         with taken_over(self.module, self._plan, current, *settings):
             if not sequential:
-                stacked, current.unbatched = stack_inputs((args, kwargs), n)
+                stacked, current.unbatched, current.batched = stack_inputs((args, kwargs), n)
                 output = run_stacked(self.module, current, *stacked)
                 return unstack_outputs(output, n)
             a, k = strip(args), strip(kwargs)
-            outputs = each_half(current, self._moving, lambda half: self.module(*a, **k))
-            return join(
-                outputs, lambda x: torch.stack(list(x)) if isinstance(x[0], Tensor) else x[0]
-            )
+            inputs = InputsStay((a, k))
+            outputs = each_half(current, self._moving, lambda half: inputs.run(self.module, half))
+            return join(outputs, stack_leaves)
 
     def check(self, *args: Any, **kwargs: Any) -> None:
         """Compare stacked with sequential pairing on these inputs, module by module.
@@ -326,9 +316,9 @@ class ElasticZO(nn.Module):
         # `fn` may change a floating dtype: only the device is taken from it.
         device = fn(self._key).device
         self._backend = resolve_backend(self._wanted_backend, device)
-        for name in ("_key", "_eps", "_next", "_found"):
+        for name in ("_key", "_eps", "_next", "_found", "_last_found"):
             setattr(self, name, getattr(self, name).to(device))
-        self._verified = False
+        self._verified = None
         self._before = None
         return self
 
@@ -349,8 +339,8 @@ def _check_settings(
     backend: str,
     compute_dtype: torch.dtype | None,
 ) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(f"model must be an nn.Module in Python, got {type(model).__name__}")
     refuse_wrapped(type(model).__name__, model)
     if isinstance(tail, str) and tail == "auto":
         raise ValueError(
@@ -370,28 +360,6 @@ def _check_settings(
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     if compute_dtype is not None and compute_dtype not in COMPUTE_DTYPES:
         raise ValueError(f"compute_dtype must be one of {COMPUTE_DTYPES}, got {compute_dtype}")
-
-
-class _watching_tail:
-    """Notes which tail module ran last, so that a head behind it can be named."""
-
-    def __init__(self, model: nn.Module, tail: Sequence[str], current: Pass) -> None:
-        self.owners = {name.rpartition(".")[0] for name in tail}
-        self.model, self.current = model, current
-        self.handles: list[Any] = []
-
-    def __enter__(self) -> None:
-        for name, module in self.model.named_modules():
-            if name in self.owners:
-
-                def note(m: nn.Module, args: Any, *, name: str = name) -> None:
-                    self.current.tail_ran = name
-
-                self.handles.append(module.register_forward_pre_hook(note))
-
-    def __exit__(self, *exc: object) -> None:
-        for handle in self.handles:
-            handle.remove()
 
 
 __all__ = ["ElasticZO"]

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -41,6 +42,15 @@ def test_round_trip(tmp_path: Path) -> None:
     save_checkpoint(path, {"step": 2})
     assert load_checkpoint(path) == {"step": 2}
     assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
+
+
+def test_what_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, {"loss": np.float64(0.5)})
+    assert load_checkpoint(path) == {"loss": 0.5}
+    with pytest.raises(TypeError, match=r"keys of state must be strings or integers, got 1.5"):
+        save_checkpoint(path, {1.5: 0})  # type: ignore[dict-item]
+    assert load_checkpoint(path) == {"loss": 0.5}
 
 
 def test_a_failed_write_leaves_the_old_file(

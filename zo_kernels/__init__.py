@@ -5,6 +5,7 @@ a fast CPU twin (numba). `backend=` forces one; `resolve_backend` says which one
 """
 
 from zo_kernels._lib import BACKENDS, resolve_backend
+from zo_kernels.paired_linear import paired_linear
 from zo_kernels.perturb import perturb_
 from zo_kernels.perturbed_weights import perturbed_weights
 from zo_kernels.sample import sample
@@ -12,6 +13,7 @@ from zo_kernels.update import update_
 
 __all__ = [
     "BACKENDS",
+    "paired_linear",
     "perturb_",
     "perturbed_weights",
     "resolve_backend",

@@ -64,7 +64,7 @@ def test_settings(settings: dict[str, Any], error: type[Exception], message: str
 
 
 def test_model_must_be_a_module() -> None:
-    with pytest.raises(TypeError, match=r"model must be an nn.Module, got function"):
+    with pytest.raises(TypeError, match=r"model must be an nn.Module in Python, got function"):
         ElasticZO(lambda x: x, tail=0)  # type: ignore[arg-type]
 
 

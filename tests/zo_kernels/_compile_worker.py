@@ -22,6 +22,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+import zo_kernels._paired_linear
 import zo_kernels.perturbed_weights
 import zo_kernels.sample
 import zo_kernels.update  # noqa: F401
@@ -48,6 +49,7 @@ class Config:
     constants: dict[str, Any]
     aligned: tuple[str, ...]  # arguments known to be multiples of 16
     warps: int
+    stages: int = 3
 
 
 def _module(name: str) -> Any:
@@ -133,6 +135,47 @@ def sample(noise: str) -> Config:
     )
 
 
+def paired_linear(
+    noise: str, kind: str, rows: int, shared: bool = False, int64: bool = False
+) -> Config:
+    """The tile for `rows` of a kind of operands; "mixed" rounds fp32 ones to bf16."""
+    module = _module("_paired_linear")
+    (tile,) = [tile for tile in module.TILES[kind] if tile.rows == rows]
+    dtype = "bf16" if kind == "bf16" else "fp32"
+    out = "bf16" if kind in ("bf16", "mixed") else "fp32"
+    read = dict.fromkeys(("x_ptr", "w_ptr", "b_ptr"), f"*{dtype}")
+    pointers = read | {"y_ptr": f"*{out}", "key_ptr": "*i64", "eps_ptr": "*fp64"}
+    sizes = ["M", "N", "K", "s_xm", "s_wn", "x_half", "y_half"]
+    if shared:
+        sizes.remove("x_half")
+    integers = ["tensor", "bias_tensor", "first_query", *sizes]
+    constants = dict.fromkeys(("s_xk", "s_wk", "s_b"), 1) | ({"x_half": 0} if shared else {})
+    return Config(
+        f"paired_linear-{noise}-{kind}-{rows}{'-shared' if shared else ''}"
+        f"{'-int64' if int64 else ''}",
+        module._paired_linear_kernel,
+        pointers | dict.fromkeys(integers, "i32") | {"scale": "fp64", "bias_scale": "fp64"},
+        constants
+        | {
+            "NOISE": KIND[noise],
+            "PAIR": True,
+            "SHARED": shared,
+            "BIAS": True,
+            "RELU": True,
+            "DOT": TYPES[out],
+            "PRECISION": "ieee" if out == "bf16" else kind,
+            "UPCAST": False,
+            "INT64": int64,
+            "BM": tile.rows,
+            "BN": tile.cols,
+            "BK": tile.depth,
+        },
+        (*pointers, *sizes),
+        tile.warps,
+        tile.stages,
+    )
+
+
 def configs(target: str) -> Iterator[Config]:
     """Everything that ships on sm_90, the heaviest ones elsewhere."""
     yield perturbed_weights("normal", "fp32", flat=True)
@@ -140,7 +183,14 @@ def configs(target: str) -> Iterator[Config]:
     yield perturbed_weights("rademacher", "bf16", flat=True)
     yield update("normal", "bf16")
     yield update("rademacher", "fp32")
+    yield paired_linear("rademacher", "bf16", 256)
+    if target == "cuda-80":
+        yield paired_linear("normal", "tf32x3", 64)
     if target == "cuda-90":
+        yield paired_linear("normal", "bf16", 16)
+        yield paired_linear("rademacher", "mixed", 64, shared=True)
+        yield paired_linear("normal", "tf32", 64, int64=True)
+        yield paired_linear("normal", "ieee", 64)
         yield perturbed_weights("rademacher", "fp32", flat=False)
         yield perturbed_weights("normal", "fp64", flat=True, out="bf16")
         yield perturbed_weights("normal", "fp32", flat=False, int64=True)
@@ -158,7 +208,11 @@ def compile_for(config: Config, target: str) -> dict[str, Any]:
         constexprs=config.constants,
         attrs={(names.index(name),): ALIGNED for name in config.aligned},
     )
-    options = {"num_warps": config.warps, "enable_fp_fusion": True}
+    options = {
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+        "enable_fp_fusion": True,
+    }
     compiled = triton.compile(source, target=TARGETS[target], options=options)
     binary = compiled.asm["cubin" if target.startswith("cuda") else "hsaco"]
     row = {
@@ -197,6 +251,7 @@ def amdgcn(text: str) -> dict[str, int]:
     counts = {k: int(match.group(1)) for k, match in found.items() if match}
     for access in ("load", "store"):
         counts[access] = len(re.findall(rf"(?:global|buffer)_{access}_dwordx4", text))
+    counts["mfma"] = len(re.findall(r"\bv_mfma_", text))
     return counts
 
 

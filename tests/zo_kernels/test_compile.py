@@ -1,6 +1,6 @@
 """The shipped kernels as machine code for GPUs that need not be there.
 
-One worker process compiles them all (29 kernels, about half a second each): Triton's interpreter,
+One worker process compiles them all (38 kernels, about half a second each): Triton's interpreter,
 which the other tests use, replaces the compiler in a process. Under xdist, `--dist loadfile` keeps
 this file on one worker.
 """
@@ -87,7 +87,8 @@ def test_shared_memory_is_small(target: str) -> None:
     """Far below the limit: noise is put in order in registers, or in a few KiB."""
     for row in rows_of(target):
         assert row["shared"] <= SHARED[target]
-        assert row["shared"] <= 8 * KIB, row["name"]
+        if not row["name"].startswith("paired_linear"):  # which stages the tiles of its products
+            assert row["shared"] <= 8 * KIB, row["name"]
 
 
 @TARGETS
@@ -104,6 +105,30 @@ def test_flat_weights_move_16_bytes_at_a_time(target: str) -> None:
             assert sum(n for op, n in ops.items() if op.startswith("LDG.E")) <= 8, row["name"]
         else:
             assert row["load"] >= 1 and row["store"] >= 2, row["name"]
+
+
+@TARGETS
+def test_products_run_on_tensor_cores(target: str) -> None:
+    """wgmma on sm_90 from 64 rows on, tcgen05 on sm_100; ieee fp32 has no tensor core."""
+    for row in rows_of(target):
+        if not row["name"].startswith("paired_linear"):
+            continue
+        if target.startswith("hip"):
+            assert row["mfma"] >= 8, row["name"]
+            continue
+        cores = {op.split(".")[0] for op in row["sass"]} & {"HMMA", "HGMMA", "UTCHMMA"}
+        few_rows = "HMMA" if row["name"].endswith("-16") else "HGMMA"
+        wanted = {"cuda-80": "HMMA", "cuda-90": few_rows, "cuda-100": "UTCHMMA"}[target]
+        assert cores == (set() if "-ieee-" in row["name"] else {wanted}), row["name"]
+        wide = ("LDGSTS.E.BYPASS.128", "LDG.E.128")
+        assert sum(row["sass"].get(op, 0) for op in wide) >= 4, row["name"]
+
+
+def test_cost_of_a_pair_of_products() -> None:
+    """Measured with Triton 3.9: 1520 for 16 normals a thread and turn (870 in the loop), 1632 for
+    8 signs (272 in the loop)."""
+    assert instructions("paired_linear-normal-bf16-16") <= 1700
+    assert instructions("paired_linear-rademacher-bf16-256") <= 1850
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import math
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import carray, njit, types
 from numba.extending import intrinsic
 
 f32, i32, u32, u64 = np.float32, np.int32, np.uint32, np.uint64
@@ -252,6 +252,32 @@ def update_sweep(w, coeff, scale, lr, decay, layout, noise, first, last):
             g = g_end
 
 
+@intrinsic
+def _pointer_to(typing_context, address):
+    def generate(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.float32)(address), generate
+
+
+@njit(nogil=True, cache=True)
+def update_all(table, scales, coeff, lr, decay, words):
+    """`update_sweep` over many weights in one call: entering a compiled function from Python costs
+    as much as a small layer's update.
+
+    A row of `table` [T, 12] int64: address, extent, cols, inner, the three strides, kind, lanes,
+    groups, tensor, parameter group. `words` = (c2, c3, k0, k1).
+    """
+    c2, c3, k0, k1 = words
+    for t in range(table.shape[0]):
+        row = table[t]
+        w = carray(_pointer_to(row[0]), (row[1],), np.float32)
+        layout = (row[2], row[3], row[4], row[5], row[6])
+        noise = (row[7], row[8], row[10], c2, c3, k0, k1)
+        g = row[11]
+        update_sweep(w, coeff, scales[t], lr[g], decay[g], layout, noise, 0, row[9])
+
+
 __all__ = [
     "BITS",
     "NORMAL",
@@ -260,5 +286,6 @@ __all__ = [
     "fill_float",
     "fill_int",
     "perturb_sweep",
+    "update_all",
     "update_sweep",
 ]

@@ -28,6 +28,7 @@ from zo_kernels.cpu.kernels import (
     fill_float,
     fill_int,
     perturb_sweep,
+    update_all,
     update_sweep,
 )
 from zo_kernels.reference.noise import PURPOSES
@@ -227,25 +228,48 @@ def update_(
         return
     f32 = np.float32
     coeff32 = coeff.to(torch.float32).numpy()
-    rates = [(f32(a), f32(b)) for a, b in zip(lr.tolist(), weight_decay.tolist(), strict=True)]
+    rates, decays = (t.to(torch.float32).numpy() for t in (lr, weight_decay))
     words = _words(key, 0, 0)[1:]
-    for w, tensor, group, scale in zip(params, tensors, groups, scales, strict=True):
+    small: list[int] = []
+    for i, (w, tensor, group) in enumerate(zip(params, tensors, groups, strict=True)):
         if w.dtype != torch.float32:
             rate, decay = lr[group], weight_decay[group]
-            w.copy_(updated(w, key, coeff, rate, decay, tensor, scale, noise, sample))
+            w.copy_(updated(w, key, coeff, rate, decay, tensor, scales[i], noise, sample))
             continue
         walk = _walk(w.shape, w.stride(), noise)
+        if walk is not None and walk.groups * walk.lanes < PARALLEL_FROM:
+            small.append(i)
+            continue
         target = w
         if walk is None:
             target = w.contiguous()
             walk = _walk(target.shape, target.stride(), noise)
             assert walk is not None
-        memory = target.numpy().reshape(-1) if walk.contiguous else _memory(target, walk.extent)
         named = (walk.kind, walk.lanes, tensor, *words)
-        args = (memory, coeff32, f32(scale), *rates[group], walk.layout, named)
-        _over_threads(update_sweep, args, walk)
+        settings = (f32(scales[i]), rates[group], decays[group], walk.layout, named)
+        _over_threads(update_sweep, (_memory(target, walk.extent), coeff32, *settings), walk)
         if target is not w:
             w.copy_(target)
+    if small:
+        where = tuple((params[i].data_ptr(), params[i].shape, params[i].stride()) for i in small)
+        who = tuple((tensors[i], groups[i], scales[i]) for i in small)
+        update_all(*_update_table(where, who, noise), coeff32, rates, decays, words)
+
+
+@lru_cache(maxsize=16)
+def _update_table(
+    where: tuple[tuple[int, torch.Size, tuple[int, ...]], ...],
+    who: tuple[tuple[int, int, float], ...],
+    noise: str,
+) -> tuple[Any, Any]:
+    """The table of `update_all` for weights at these addresses, and their scales."""
+    rows = []
+    for (address, shape, strides), (tensor, group, _) in zip(where, who, strict=True):
+        walk = _walk(shape, strides, noise)
+        assert walk is not None
+        counts = (walk.kind, walk.lanes, walk.groups, tensor, group)
+        rows.append((address, walk.extent, *walk.layout, *counts))
+    return np.array(rows, np.int64), np.array([scale for *_, scale in who], np.float32)
 
 
 @torch.no_grad()
