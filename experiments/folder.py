@@ -57,7 +57,9 @@ class RunFolder:
                 f"{k} was {found.get(k, 'missing')!r}, is {identity.get(k, 'missing')!r}"
                 for k in differ
             )
-            raise ValueError(f"{path} holds a run of another configuration: {changes}")
+            raise ValueError(
+                f"{path} holds a run of another configuration: {changes}; give another --out"
+            )
 
     def _found(self) -> dict[str, Any] | None:
         """The identity of the run that is there; reads its checkpoint."""

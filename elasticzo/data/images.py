@@ -247,14 +247,14 @@ def _locate(source: _IdxSet, root: Path, stem: str, download: bool, base_url: st
     if found is None:
         raise FileNotFoundError(
             f"{source.name}: {stem}[.gz] is neither in {folder} nor in {root};"
-            " download=True fetches it"
+            " download=True (--download) fetches it"
         )
     return found
 
 
 def _read_checked(source: _IdxSet, path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """The file's uint8 values, of the expected shape, and labels within the classes."""
-    again = "move it away and fetch it again with download=True"
+    again = "move it away and fetch it again with download=True (--download)"
     try:
         values = read_idx(path)
     except ValueError as error:
