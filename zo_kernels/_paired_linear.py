@@ -123,20 +123,20 @@ def _paired_linear_kernel(
     m_m, m_n = (o_m < M)[:, None], o_n < N
     third = first_query + q
     eps = tl.load(eps_ptr).to(tl.float32)
-    amplitude = eps * tl.core.to_tensor(scale).to(tl.float32)
+    amplitude = eps * tl.cast(scale, tl.float32)
     b_bias = tl.zeros([BN], tl.float32)
     b_shift = b_bias
     if BIAS:
         p_b = b_ptr + o_n.to(tl.int64) * s_b
         b_bias = tl.load(p_b, mask=m_n, other=0.0).to(tl.float32)
-        bias_amplitude = eps * tl.core.to_tensor(bias_scale).to(tl.float32)
+        bias_amplitude = eps * tl.cast(bias_scale, tl.float32)
         b_shift = shift_vector(key_ptr, o_n, pid_n * BN, bias_tensor, third, bias_amplitude, NOISE)
     step_x, step_w = s_xk * BK, s_wk * BK
     o_row = o_n
     if INT64:
         o_m, o_n, o_k = o_m.to(tl.int64), o_n.to(tl.int64), o_k.to(tl.int64)
-        step_x = tl.core.to_tensor(s_xk).to(tl.int64) * BK
-        step_w = tl.core.to_tensor(s_wk).to(tl.int64) * BK
+        step_x = tl.cast(s_xk, tl.int64) * BK
+        step_w = tl.cast(s_wk, tl.int64) * BK
     HALVES: tl.constexpr = 2 if PAIR else 1
     p_x = x_ptr + q.to(tl.int64) * HALVES * x_half + o_m[:, None] * s_xm + o_k[None, :] * s_xk
     p_w = w_ptr + o_n[:, None] * s_wn + o_k[None, :] * s_wk

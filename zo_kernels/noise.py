@@ -26,9 +26,9 @@ def words(key_ptr, group, tensor, third):
     """Four Philox words for each group; `group` [N] uint32, `tensor` and `third` scalars."""
     seed = tl.load(key_ptr)
     step = tl.load(key_ptr + 1)
-    c1 = tl.core.to_tensor(tensor).to(tl.uint32)
+    c1 = tl.cast(tensor, tl.uint32)
     c2 = step.to(tl.uint32)
-    c3 = tl.core.to_tensor(third).to(tl.uint32)
+    c3 = tl.cast(third, tl.uint32)
     return tl.philox(seed, group.to(tl.uint32), c1, c2, c3)
 
 

@@ -50,14 +50,14 @@ def shift_tile(
     """`amplitude * z` [N, BK] of rows [N] and columns `k ...`."""
     o_row = o_row.to(tl.uint32)  # a group's number may need all 32 bits
     if NOISE == NORMAL:
-        per_row = tl.core.to_tensor((cols + 3) // 4).to(tl.uint32)
+        per_row = tl.cast((cols + 3) // 4, tl.uint32)
         o_group = (k // 4 + tl.arange(0, BK // 4)).to(tl.uint32)
         group = (o_row * per_row)[:, None] + o_group[None, :]
         return amplitude * _normal_tile(key_ptr, group, tensor, third)
     else:
-        per_row = tl.core.to_tensor((cols + 127) // 128).to(tl.uint32)
-        group = o_row * per_row + tl.core.to_tensor(k // 128).to(tl.uint32)
-        part = tl.core.to_tensor(k % 128 // BK)
+        per_row = tl.cast((cols + 127) // 128, tl.uint32)
+        group = o_row * per_row + tl.cast(k // 128, tl.uint32)
+        part = tl.cast(k % 128 // BK, tl.int32)
         return _sign_tile(key_ptr, group, tensor, third, part, amplitude, BK)
 
 

@@ -85,7 +85,7 @@ def _perturbed_weights_kernel(
         o_w = element_offset(o_row, o_col, inner, s_row, s_outer, s_inner)
         o_out = element_offset(o_row, o_col, inner, t_row, t_outer, t_inner)
     b_w = tl.load(w_ptr + o_w, mask=m_e, other=0.0).to(WIDE)
-    amplitude = tl.load(eps_ptr).to(WIDE) * tl.core.to_tensor(scale).to(WIDE)
+    amplitude = tl.load(eps_ptr).to(WIDE) * tl.cast(scale, WIDE)
     for q in tl.static_range(QUERIES):
         b_z = float_noise(key_ptr, o_group, tensor, first_query + q, NOISE)
         b_shift = amplitude * b_z.to(WIDE)
