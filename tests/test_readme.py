@@ -28,8 +28,10 @@ def test_the_readme_has_code() -> None:
 
 
 @pytest.mark.parametrize("code", PYTHON, ids=[f"block{i}" for i in range(len(PYTHON))])
-def test_python_blocks_run(code: str) -> None:
+def test_python_blocks_run(code: str, capsys: pytest.CaptureFixture[str]) -> None:
     exec(compile(code, "README.md", "exec"), {})
+    accuracy = re.search(r"accuracy after one epoch: ([\d.]+)%", capsys.readouterr().out)
+    assert accuracy is not None and float(accuracy[1]) > 20.0  # chance is 10 %
 
 
 @pytest.mark.parametrize("command", sorted(set(COMMANDS)))

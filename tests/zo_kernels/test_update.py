@@ -186,6 +186,7 @@ def test_no_parameters(backend: str, device: Any) -> None:
     one = torch.ones(1, dtype=torch.float64, device=device)
     key, skip = torch.tensor([1, 2], device=device), torch.zeros((), device=device)
     update_([], key, one, one, one, skip, tensors=[], groups=[], scales=[], backend=backend)
+    assert key.tolist() == [1, 2] and float(one) == 1.0 and float(skip) == 0.0
 
 
 @pytest.fixture
