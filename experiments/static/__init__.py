@@ -1,0 +1,1 @@
+"""Compiled evidence: every shipped configuration of every kernel, compiled without a GPU."""
