@@ -14,6 +14,7 @@ import json
 import textwrap
 import tokenize
 from collections.abc import Iterator
+from functools import cache
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,14 @@ def _named(tree: ast.AST, function: FunctionType) -> Iterator[tuple[str, Any]]:
                 yield node.attr, getattr(module, node.attr)
 
 
+@cache
+def _read(function: FunctionType) -> tuple[str, list[tuple[str, Any]]]:
+    """The words of one function, and the globals that it names."""
+    text = textwrap.dedent(inspect.getsource(function))
+    tree = ast.parse(text)
+    return _tokens(text, tree), list(_named(tree, function))
+
+
 def sources(kernel: Any) -> dict[str, str]:
     """The words of a kernel and of every jit function that it calls, constants by value; by name.
 
@@ -72,10 +81,8 @@ def sources(kernel: Any) -> dict[str, str]:
         name = f"{function.__module__}.{function.__qualname__}"
         if name in found:
             continue
-        text = textwrap.dedent(inspect.getsource(function))
-        tree = ast.parse(text)
-        found[name] = _tokens(text, tree)
-        for other, value in _named(tree, function):
+        found[name], named = _read(function)
+        for other, value in named:
             if isinstance(getattr(value, "fn", None), FunctionType):
                 todo.append(value)
             elif type(value).__name__ == "constexpr":

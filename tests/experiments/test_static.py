@@ -85,11 +85,11 @@ def committed() -> dict[str, dict[str, Any]]:
     return {key(row): row for row in read()["rows"]}
 
 
-@cache
-def compiled() -> dict[str, dict[str, Any]]:
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """The subset, compiled by the command."""
     names = "|".join(f"{target}/{name}" for target, names in SUBSET.items() for name in names)
-    folder = Path(os.environ["PYTEST_STATIC_FOLDER"])
+    folder = tmp_path_factory.mktemp("static")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [*(sys.executable, "-m", "experiments.static"), f"--only=^({names})$", f"--out={folder}"],
@@ -101,14 +101,6 @@ def compiled() -> dict[str, dict[str, Any]]:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return {key(row): row for row in read(folder)["rows"]}
-
-
-@pytest.fixture
-def fresh(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> dict[str, dict[str, Any]]:
-    monkeypatch.setenv("PYTEST_STATIC_FOLDER", str(tmp_path_factory.mktemp("static")))
-    return compiled()
 
 
 @pytest.mark.parametrize("target", TARGETS)
