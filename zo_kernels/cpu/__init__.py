@@ -2,5 +2,6 @@
 
 from zo_kernels.cpu.ops import perturb_, perturbed_weights, sample, update_
 from zo_kernels.cpu.paired_linear import paired_linear
+from zo_kernels.cpu.stage import stage_
 
-__all__ = ["paired_linear", "perturb_", "perturbed_weights", "sample", "update_"]
+__all__ = ["paired_linear", "perturb_", "perturbed_weights", "sample", "stage_", "update_"]
