@@ -64,6 +64,7 @@ def tail_optimizer(
 
     # Bound, as LR schedulers expect of a step.
     optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign]
+    optimizer._elasticzo_gate = True  # type: ignore[attr-defined]
     return optimizer
 
 
