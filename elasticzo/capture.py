@@ -97,6 +97,7 @@ class CapturedStep:
 
     def _rehearse(self, device: torch.device, warmup: int) -> None:
         """Real steps, undone by the caller: they verify the model, compile kernels, fill caches."""
+        before = generator_state(device)
         if device.type != "cuda":
             self.losses = self._step()
         else:
@@ -106,7 +107,7 @@ class CapturedStep:
                 for _ in range(max(warmup, 1)):
                     self.losses = self._step()
             torch.cuda.current_stream(device).wait_stream(side)
-        if self.model._mixes_generator:
+        if self.model._mixes_generator or not torch.equal(before, generator_state(device)):
             names = ", ".join(_drawing_modules(self.model.module, self._inputs)) or "the model"
             raise RuntimeError(
                 f"a captured step would repeat the same random numbers: {names} draws from torch's "
