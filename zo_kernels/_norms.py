@@ -61,8 +61,8 @@ def check_no_grad(op: str, **tensors: Tensor | None) -> None:
 def lane_moments(b_x, b_mean, b_m2, m_x, turn):
     """Every lane takes its `turn`-th value (from 1) into its mean and sum of squared deviations."""
     b_delta = tl.where(m_x, b_x - b_mean, 0.0)
-    b_mean += b_delta * (1.0 / turn.to(tl.float32))
-    b_m2 += tl.where(m_x, b_delta * (b_x - b_mean), 0.0)
+    b_mean += b_delta * (1.0 / tl.cast(turn, tl.float32))
+    b_m2 += b_delta * (b_x - b_mean)  # 0 where masked
     return b_mean, b_m2
 
 

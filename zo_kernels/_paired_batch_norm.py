@@ -40,6 +40,22 @@ class Plan(NamedTuple):
     splits: int
     per_split: int  # tiles
 
+    def wider(self) -> Plan:
+        """With tiles twice as large, for a kernel that keeps nothing but x.
+
+        Odd extents need an address an element: with more of them registers run out.
+        """
+        if self.align == 1:
+            return self
+        if self.last:
+            return self._replace(tile_rows=min(2 * self.tile_rows, power_of_two(self.rows)))
+        channels = min(2 * self.tile_channels, power_of_two(self.channels))
+        return self._replace(tile_channels=channels)
+
+    @property
+    def align(self) -> int:
+        return alignment(self.channels if self.last else self.rows)
+
     @property
     def blocks(self) -> tuple[int, int]:
         """Of rows in a slab, of channels."""
@@ -108,9 +124,9 @@ def _start(half, slab, row, channel, outer, rows, channels, LAST: tl.constexpr):
     size = rows.to(tl.int64) * channels
     start = (half.to(tl.int64) * outer + slab) * size
     if LAST:
-        return start + row.to(tl.int64) * channels + channel
+        return start + tl.cast(row, tl.int64) * channels + channel
     else:
-        return start + channel.to(tl.int64) * rows + row
+        return start + tl.cast(channel, tl.int64) * rows + row
 
 
 @jit
@@ -171,7 +187,10 @@ def _moments_kernel(
     b_mean = tl.zeros([ROWS, CHANNELS], tl.float32)
     b_m2 = b_mean
     for tile in range(begin, end):  # block of rows by block of rows: the partial one comes last
-        row, slab = tile // outer * ROWS, tile % outer
+        if LAST:  # one slab
+            row, slab = tile * ROWS, 0
+        else:
+            row, slab = tile // outer * ROWS, tile % outer
         start = _start(half, slab, row, pid_c * CHANNELS, outer, rows, channels, LAST)
         m_x = (o_r < rows - row)[:, None] & m_c[None, :]
         b_x = tl.load(x_ptr + start + o_x, mask=m_x, other=0.0).to(tl.float32)
@@ -283,8 +302,7 @@ def _normalize_kernel(
 
 def constants_of(plan: Plan) -> tuple[tuple[int, int, int], dict[str, int]]:
     """Arguments of all kernels: extents with the innermost in units, constants."""
-    align = alignment(plan.channels if plan.last else plan.rows)
-    rows, channels = plan.rows, plan.channels
+    rows, channels, align = plan.rows, plan.channels, plan.align
     extents = (rows, channels // align) if plan.last else (rows // align, channels)
     constants = {"LAST": plan.last, "ALIGN": align, "ROWS": plan.tile_rows}
     return (plan.outer, *extents), constants
@@ -338,6 +356,7 @@ def launch_normalize(
     halves: int,
     plan: Plan,
 ) -> None:
+    plan = plan.wider()
     extents, constants = constants_of(plan)
     blocks_r, blocks_c = plan.blocks
     _normalize_kernel[(blocks_r * blocks_c * plan.outer * halves,)](

@@ -6,8 +6,9 @@ With `lse = log sum_c exp(x_c)` and smoothing s, the loss of a row with target t
 
 Data flow: a kernel reads the logits once and writes `lse` and a part of the sum for each of its
 blocks of rows; a small kernel adds the parts of a half. Short rows share a program; a row of more
-than 4096 classes is taken in turns, with a running maximum and sum a lane (one exp a logit).
-Backward reads the logits once and writes their gradient once, after a kernel that counts targets.
+than 4096 classes is taken in turns, with a running maximum and sum for every 4 or 8 lanes, so that
+a logit costs little more than one exp. Backward reads the logits once and writes their gradient
+once, after a kernel that counts targets.
 
 Floor: `H B C` logits read, backward read and written; an exp and about 8 operations a logit.
 

@@ -1,8 +1,8 @@
 """`y = (x - mean) / sqrt(var + epsilon) * weight_h + bias_h` over the last dimension, half by half.
 
-Up to 16384 columns a program holds a row, or several short ones, in registers: one read of x and
-one write of y, `2 N` elements, which is the floor. Longer rows are read twice, `3 N`: a first loop
-for the moments, a second for y. About 8 operations an element.
+Up to 16384 columns (8192 if odd) a program holds a row, or several short ones, in registers: one
+read of x and one write of y, `2 N` elements, which is the floor. Longer rows are read twice, `3 N`:
+a first loop for the moments, a second for y. About 8 operations an element.
 
 The moments are of x less the first value of its row, in two steps (mean, then squared deviations):
 a large mean cancels no digits. The long kernel merges moments of its lanes by Chan's formula.
@@ -30,10 +30,10 @@ from zo_kernels._norms import (
 )
 from zo_kernels._triton import jit, tl, triton
 
-# Not yet measured on a GPU: 16 elements a thread up to 8192 columns, 32 beyond.
-TILE = 2048  # elements of a program that holds several rows
+# Not yet measured on a GPU: 32 elements a thread; 16 in long rows, where 32 spill on sm_80.
+TILE = 4096  # elements of a program that holds several rows
 MAX_COLS = 16384  # of a row held in registers
-LONG_BLOCK = 8192
+LONG_BLOCK = 4096
 
 
 @jit
@@ -132,11 +132,16 @@ def _long_layer_norm_kernel(
         _store(p_y + d + o_d[None, :], b_y, m_d[None, :], RELU)
 
 
+def is_long(cols: int) -> bool:
+    """Whether rows are read twice. Odd ones need an address an element: half as many fit."""
+    return cols > (MAX_COLS if cols % 2 == 0 else MAX_COLS // 2)
+
+
 def tile_for(rows: int, cols: int) -> tuple[int, int, int]:
-    """Rows, columns and warps of a program: 16 elements a thread, 32 in the largest tile."""
-    width = LONG_BLOCK if cols > MAX_COLS else power_of_two(cols)
+    """Rows, columns and warps of a program."""
+    width = LONG_BLOCK if is_long(cols) else power_of_two(cols)
     height = min(max(TILE // width, 1), power_of_two(rows))
-    return height, width, min(max(height * width // 512, 4), 16)
+    return height, width, 8 if is_long(cols) else max(height * width // 1024, 4)
 
 
 def _launch_paired_layer_norm(
@@ -157,7 +162,7 @@ def _launch_paired_layer_norm(
     height, width, warps = tile_for(rows, cols)
     args = (x, y, x if weight is None else weight, x if bias is None else bias, float(epsilon))
     constants = dict(WEIGHT=weight is not None, BIAS=bias is not None, RELU=relu, ALIGN=align)
-    if cols > MAX_COLS:
+    if is_long(cols):
         _long_layer_norm_kernel[(halves * rows,)](
             *(*args, rows, cols // align),
             **constants,

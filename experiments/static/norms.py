@@ -15,6 +15,7 @@ from experiments.static.config import Config
 from zo_kernels._norms import alignment, power_of_two
 
 HALVES = 2
+VECTOR = {"fp32": 4, "bf16": 8}
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 BATCH_NORM, CROSS_ENTROPY, LAYER_NORM = (
     import_module(f"zo_kernels.{name}")
@@ -43,6 +44,8 @@ def batch_norm(
     """`kind`: "moments", "merge" or "normalize" of `[HALVES * batch, channels, size, size]`."""
     x = torch.empty((HALVES * batch, channels, size, size), device="meta")
     plan = BATCH_NORM.plan_of(x.to(memory_format=FORMATS[layout]), HALVES)
+    if kind == "normalize":
+        plan = plan.wider()
     _, constants = BATCH_NORM.constants_of(plan)
     wide = {"INT64": BATCH_NORM.wide(plan), "CHANNELS": plan.tile_channels}
     extents, spans = "outer rows channels", "outer rows channels splits per_split"
@@ -76,7 +79,7 @@ def layer_norm(dtype: str, rows: int, cols: int) -> Config:
     """`[HALVES * rows, cols]`."""
     constants: dict[str, Any] = dict.fromkeys(("WEIGHT", "BIAS"), True) | {"RELU": False}
     constants |= {"ALIGN": alignment(cols)}
-    tile, long = LAYER_NORM.tile_for(rows, cols), cols > LAYER_NORM.MAX_COLS
+    tile, long = LAYER_NORM.tile_for(rows, cols), LAYER_NORM.is_long(cols)
     constants |= {"BLOCK": tile[1]} if long else {"ROWS": tile[0], "COLS": tile[1]}
     return _config(
         f"paired_layer_norm-{dtype}-{rows}x{cols}",
@@ -98,7 +101,7 @@ def cross_entropy(kind: str, dtype: str, rows: int, classes: int, smooth: bool =
     if kind == "forward":
         kernel = CROSS_ENTROPY._cross_entropy_kernel
         pointers |= {"part_ptr": "fp64"}
-        constants |= {"SMOOTH": smooth, "LOOP": classes > width}
+        constants |= {"SMOOTH": smooth, "LOOP": classes > width, "VEC": min(VECTOR[dtype], width)}
         scalars = f"part_count {sizes} ignore_index"
     else:
         kernel = CROSS_ENTROPY._cross_entropy_backward_kernel
