@@ -71,7 +71,8 @@ def merge_moments(b_n, b_mean, b_m2, n, AXIS: tl.constexpr):
     """Mean and sum of squared deviations of `n` values, from those of groups of `b_n` (Chan)."""
     mean = tl.sum(b_n * b_mean, AXIS) / n
     b_dev = b_mean - tl.expand_dims(mean, AXIS)
-    return mean, tl.sum(b_m2 + b_n * b_dev * b_dev, AXIS)
+    # What rounding left in the first sum is in the second.
+    return mean + tl.sum(b_n * b_dev, AXIS) / n, tl.sum(b_m2 + b_n * b_dev * b_dev, AXIS)
 
 
 __all__ = [

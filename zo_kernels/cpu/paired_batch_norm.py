@@ -20,7 +20,8 @@ def paired_batch_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     y = torch.empty_like(x)
     if mean is None or var is None:
-        batch_mean, batch_var = x.new_empty((2, halves, x.shape[1]), dtype=torch.float32)
+        shape = halves, x.shape[1]
+        batch_mean, batch_var = (x.new_empty(shape, dtype=torch.float32) for _ in range(2))
     else:
         batch_mean, batch_var = (t.float().expand(halves, -1) for t in (mean, var))
     if x.numel() == 0:
