@@ -1,4 +1,4 @@
-"""Device side of `zo_kernels.paired_batch_norm`: its kernels, the tiles they work in, the launch.
+"""Device side of `zo_kernels.paired_batch_norm`: its kernels and their launches.
 
 A half is `outer` slabs of `rows x channels`, in which either runs innermost: `[B, C, S]` has a slab
 a sample and rows innermost; `[B, S, C]` is one slab of B S rows with channels innermost. A program
@@ -8,86 +8,15 @@ owns tiles `[ROWS, CHANNELS]`; no element costs a division.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from zo_kernels._norms import alignment, lane_moments, merge_moments, power_of_two
+from zo_kernels._norms import lane_moments, merge_moments, power_of_two
+from zo_kernels._paired_batch_norm_plan import Plan
 from zo_kernels._triton import jit, tl, triton
 
-INT32_MAX = 2**31 - 1
-# Not yet measured on a GPU: 16 elements a thread at 4 warps; programs enough for 132 processors.
-TILE = 2048
 WARPS = 4
-MAX_CHANNELS = 64  # channels innermost: 128 bytes of bf16
-MAX_ROWS = 1024
-PROGRAMS = 1024  # wanted of the first kernel, which splits the rows of a channel to get there
-MAX_SPLITS = 256
-TILES_PER_SPLIT = 4
 MERGED_CHANNELS = 16  # of a program that merges the splits
-
-
-class Plan(NamedTuple):
-    """How the kernels walk a half of x, from its shape and strides alone."""
-
-    outer: int
-    rows: int
-    channels: int
-    last: bool  # channels run innermost
-    tile_rows: int
-    tile_channels: int
-    splits: int
-    per_split: int  # tiles
-
-    def wider(self) -> Plan:
-        """With tiles twice as large, for a kernel that keeps nothing but x.
-
-        Odd extents need an address an element: with more of them registers run out.
-        """
-        if self.align == 1:
-            return self
-        if self.last:
-            return self._replace(tile_rows=min(2 * self.tile_rows, power_of_two(self.rows)))
-        channels = min(2 * self.tile_channels, power_of_two(self.channels))
-        return self._replace(tile_channels=channels)
-
-    @property
-    def align(self) -> int:
-        return alignment(self.channels if self.last else self.rows)
-
-    @property
-    def blocks(self) -> tuple[int, int]:
-        """Of rows in a slab, of channels."""
-        return triton.cdiv(self.rows, self.tile_rows), triton.cdiv(
-            self.channels, self.tile_channels
-        )
-
-
-def channels_last(x: Tensor) -> bool:
-    return x.movedim(1, -1).is_contiguous()
-
-
-def plan_of(x: Tensor, halves: int) -> Plan:
-    """`x` is not empty, and contiguous in one of both formats."""
-    channels, batch = x.shape[1], x.shape[0] // halves
-    spatial = x.numel() // (x.shape[0] * channels)
-    last = channels_last(x) and channels > 1
-    outer = 1 if last or channels == 1 else batch
-    rows = batch * spatial // outer
-    if last:
-        tile_channels = min(power_of_two(channels), MAX_CHANNELS)
-        tile_rows = min(TILE // tile_channels, power_of_two(rows))
-    else:  # the tile that wastes the fewest rows, then the longest
-        sizes = [n for n in (128, 256, 512, MAX_ROWS) if n <= rows] or [power_of_two(rows)]
-        tile_rows = min(sizes, key=lambda n: (-(-rows // n) * n, -n))
-        tile_channels = min(power_of_two(channels), TILE // tile_rows)
-    blocks_r, blocks_c = -(-rows // tile_rows), -(-channels // tile_channels)
-    tiles = blocks_r * outer
-    wanted = min(-(-PROGRAMS // (halves * blocks_c)), -(-tiles // TILES_PER_SPLIT), MAX_SPLITS)
-    per_split = -(-tiles // wanted)
-    splits = -(-tiles // per_split)
-    return Plan(outer, rows, channels, last, tile_rows, tile_channels, splits, per_split)
 
 
 @jit
@@ -300,24 +229,8 @@ def _normalize_kernel(
     tl.store(y_ptr + o_x, b_y.to(y_ptr.dtype.element_ty), mask=m_x)
 
 
-def constants_of(plan: Plan) -> tuple[tuple[int, int, int], dict[str, int]]:
-    """Arguments of all kernels: extents with the innermost in units, constants."""
-    rows, channels, align = plan.rows, plan.channels, plan.align
-    extents = (rows, channels // align) if plan.last else (rows // align, channels)
-    constants = {"LAST": plan.last, "ALIGN": align, "ROWS": plan.tile_rows}
-    return (plan.outer, *extents), constants
-
-
-def wide(plan: Plan) -> bool:
-    """Whether an offset within a tile can exceed 32 bits; those of tiles always have 64."""
-    if plan.last:
-        return plan.tile_rows * plan.channels + plan.tile_channels > INT32_MAX
-    return plan.tile_channels * plan.rows + plan.tile_rows > INT32_MAX
-
-
 def launch_moments(x: Tensor, mean: Tensor, var: Tensor, halves: int, plan: Plan) -> None:
     """Batch statistics of each half and channel: `[H, C]` fp32, biased variance."""
-    extents, constants = constants_of(plan)
     splits, per_split = plan.splits, plan.per_split
     final = splits == 1
     parts: tuple[Tensor, ...] = mean, var
@@ -325,18 +238,18 @@ def launch_moments(x: Tensor, mean: Tensor, var: Tensor, halves: int, plan: Plan
         shape = (halves, splits, plan.channels)
         parts = tuple(torch.empty(shape, dtype=torch.float32, device=x.device) for _ in range(2))
     _moments_kernel[(plan.blocks[1] * splits * halves,)](
-        *(x, *parts, *extents, splits, per_split),
-        **constants,
+        *(x, *parts, *plan.extents, splits, per_split),
+        **plan.constants,
         FINAL=final,
-        INT64=wide(plan),
+        INT64=plan.wide,
         CHANNELS=plan.tile_channels,
         num_warps=WARPS,
         enable_fp_fusion=True,
     )
     if not final:
         _merge_kernel[(triton.cdiv(plan.channels, MERGED_CHANNELS) * halves,)](
-            *(x, *parts, mean, var, *extents, splits, per_split),
-            **constants,
+            *(x, *parts, mean, var, *plan.extents, splits, per_split),
+            **plan.constants,
             SPLITS=power_of_two(splits),
             CHANNELS=MERGED_CHANNELS,
             num_warps=WARPS,
@@ -357,30 +270,21 @@ def launch_normalize(
     plan: Plan,
 ) -> None:
     plan = plan.wider()
-    extents, constants = constants_of(plan)
     blocks_r, blocks_c = plan.blocks
     _normalize_kernel[(blocks_r * blocks_c * plan.outer * halves,)](
         *(x, y, mean, var, mean if weight is None else weight, mean if bias is None else bias),
         float(epsilon),
-        *extents,
-        **constants,
+        *plan.extents,
+        **plan.constants,
         RUNNING=mean.ndim == 1,
         WEIGHT=weight is not None,
         BIAS=bias is not None,
         RELU=relu,
-        INT64=wide(plan),
+        INT64=plan.wide,
         CHANNELS=plan.tile_channels,
         num_warps=WARPS,
         enable_fp_fusion=True,
     )
 
 
-__all__ = [
-    "Plan",
-    "channels_last",
-    "constants_of",
-    "launch_moments",
-    "launch_normalize",
-    "plan_of",
-    "wide",
-]
+__all__ = ["launch_moments", "launch_normalize"]

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from zo_kernels._lib import check_tensor, register, resolve_backend, twin
 from zo_kernels._norms import DTYPES, check_affine, check_epsilon, check_halves, check_no_grad
-from zo_kernels._paired_batch_norm import channels_last, launch_moments, launch_normalize, plan_of
+from zo_kernels._paired_batch_norm import launch_moments, launch_normalize
+from zo_kernels._paired_batch_norm_plan import channels_last, plan_of
 
 Result = tuple[Tensor, Tensor, Tensor]
 

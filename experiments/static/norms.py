@@ -13,6 +13,7 @@ import torch
 
 from experiments.static.config import Config
 from zo_kernels._norms import alignment, power_of_two
+from zo_kernels._paired_batch_norm_plan import plan_of
 
 HALVES = 2
 VECTOR = {"fp32": 4, "bf16": 8}
@@ -43,11 +44,11 @@ def batch_norm(
 ) -> Config:
     """`kind`: "moments", "merge" or "normalize" of `[HALVES * batch, channels, size, size]`."""
     x = torch.empty((HALVES * batch, channels, size, size), device="meta")
-    plan = BATCH_NORM.plan_of(x.to(memory_format=FORMATS[layout]), HALVES)
+    plan = plan_of(x.to(memory_format=FORMATS[layout]), HALVES)
     if kind == "normalize":
         plan = plan.wider()
-    _, constants = BATCH_NORM.constants_of(plan)
-    wide = {"INT64": BATCH_NORM.wide(plan), "CHANNELS": plan.tile_channels}
+    constants = plan.constants
+    wide = {"INT64": plan.wide, "CHANNELS": plan.tile_channels}
     extents, spans = "outer rows channels", "outer rows channels splits per_split"
     moments = {"mean_ptr": "fp32", "var_ptr": "fp32"}
     match kind:
