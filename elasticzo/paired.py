@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import zo_kernels
 from elasticzo.layers import MATMULS, PAIRED, Staged, conv_of_shared, linear, shares_input
+from elasticzo.norms import NORMS, run_norm
 from elasticzo.passes import Pass
 from elasticzo.plan import Layer, compute_dtype
 from elasticzo.precision import precision_of, vendor_precision
@@ -44,6 +45,8 @@ def run_paired(current: Pass, layer: Layer, x: Tensor) -> Tensor:
             staged[local] = current.stage(p, layer.head[local], dtype)
         else:
             staged[local] = p.expand(current.count, *p.shape)
+    if type(m) in NORMS:
+        return run_norm(current, m, x, staged)
     run: Callable[..., Tensor] = PAIRED[type(m)]
     half = current.original(x)
     if half is not None and shares_input(m):

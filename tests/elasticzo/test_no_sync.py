@@ -8,6 +8,7 @@ the host, which wait as well, are caught by a dispatch mode.
 from __future__ import annotations
 
 import importlib
+import pkgutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import zo_kernels
 from elasticzo import ZOSGD, ElasticZO, pair_losses
 from elasticzo.models import LeNet5, ResNet20
 from elasticzo.state import all_buffers
@@ -25,12 +27,10 @@ from elasticzo.verify import circumstances
 
 pytest.importorskip("triton")
 META = torch.device("meta")
-KERNELS = [
-    ("stage", "_stage_kernel"),
-    ("update", "_update_kernel"),
-    ("perturbed_weights", "_perturbed_weights_kernel"),
-    ("sample", "_sample_kernel"),
-    ("_paired_linear", "_paired_linear_kernel"),
+MODULES = [
+    importlib.import_module(f"zo_kernels.{found.name}")
+    for found in pkgutil.iter_modules(zo_kernels.__path__)
+    if not found.ispkg
 ]
 
 
@@ -59,8 +59,10 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         def __getitem__(self, grid: Any) -> Callable[..., None]:
             return lambda *args, **kwargs: launched.append(self.name)
 
-    for module, name in KERNELS:
-        monkeypatch.setattr(importlib.import_module(f"zo_kernels.{module}"), name, Launch(name))
+    for module in MODULES:
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Launch(name))
+    monkeypatch.setattr("elasticzo.losses._loss_backend", lambda device: "triton")
     monkeypatch.setattr("elasticzo.tail.FUSED_DEVICES", ("meta",))
     for name in ("sgd", "adam"):
         module = importlib.import_module(f"torch.optim.{name}")
@@ -91,10 +93,31 @@ def tail_of(model: ElasticZO, cls: Any, **settings: Any) -> Any:
     return optimizer
 
 
+class Norms(nn.Module):
+    """BatchNorm with a cumulative average, LayerNorm, GroupNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 8, 3, stride=4),
+            nn.BatchNorm2d(8, momentum=None),
+            nn.ReLU(),
+            nn.GroupNorm(2, 8),
+            nn.LayerNorm([7, 7]),
+            nn.Flatten(),
+        )
+        self.out = nn.Linear(8 * 7 * 7, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.body(x))  # type: ignore[no-any-return]
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any]]] = {
     "staged": (LeNet5, {"path": "staged"}, {}),
     "deferred": (LeNet5, {"path": "staged"}, {"defer": True}),
     "queries": (LeNet5, {"path": "staged", "queries": 3}, {"clip": 5.0}),
+    "fused": (LeNet5, {"path": {"fc*": "fused", "conv*": "staged"}}, {}),
+    "norms": (Norms, {"path": "staged"}, {}),
     "sequential": (LeNet5, {"path": "staged", "pairing": "sequential"}, {}),
     "resnet": (ResNet20, {"path": "staged"}, {}),
     "dropout": (lambda: nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(784, 10)), {}, {}),
