@@ -5,18 +5,27 @@ a fast CPU twin (numba). `backend=` forces one; `resolve_backend` says which one
 """
 
 from zo_kernels._lib import BACKENDS, resolve_backend
+from zo_kernels.paired_batch_norm import paired_batch_norm
+from zo_kernels.paired_cross_entropy import paired_cross_entropy, paired_cross_entropy_backward
+from zo_kernels.paired_layer_norm import paired_layer_norm
 from zo_kernels.paired_linear import paired_linear
 from zo_kernels.perturb import perturb_
 from zo_kernels.perturbed_weights import perturbed_weights
 from zo_kernels.sample import sample
+from zo_kernels.stage import stage_
 from zo_kernels.update import update_
 
 __all__ = [
     "BACKENDS",
+    "paired_batch_norm",
+    "paired_cross_entropy",
+    "paired_cross_entropy_backward",
+    "paired_layer_norm",
     "paired_linear",
     "perturb_",
     "perturbed_weights",
     "resolve_backend",
     "sample",
+    "stage_",
     "update_",
 ]
