@@ -94,6 +94,8 @@ def _wide_accesses(row: Mapping[str, Any]) -> Iterator[str]:
         most = 8 * row["constants"]["QUERIES"]
         if row["loads"] > most:
             yield f"{row['loads']} loads, at most {most}"
+    elif name.startswith("stage") and "-flat" in name and not halves:
+        loads, stores = 1, 3 if "pending" in name else 2
     elif name.startswith("update") and not halves:
         loads, stores = 1, 1
     elif name.startswith("sample") and "sparse" not in name:
