@@ -45,16 +45,37 @@ TILES: dict[str, tuple[Tile, ...]] = {
     "tf32x3": (Tile(16, 32, 32, 4, 2), Tile(64, 32, 32, 8, 2)),
     "ieee": (Tile(16, 32, 32, 4, 2), Tile(64, 32, 32, 8, 1)),
 }
+# Where a row is read element by element: 256 rows spill 500 instructions on sm_90, 128 x 32 x 64
+# up to 31, 128 x 64 x 32 none.
+RAGGED = {"bf16": (*TILES["bf16"][:2], Tile(128, 64, 32, 8, 2))}
+HIP_STAGES = 2  # three of "mixed" with 128 rows need 68 KiB of the 64 of gfx942
+
+
+def tiles_of(kind: str, ragged: bool = False, hip: bool = False) -> tuple[Tile, ...]:
+    """Tiles for a kind of operands, as TILES names it, with growing rows."""
+    tiles = RAGGED.get(kind, TILES[kind]) if ragged else TILES[kind]
+    if hip:
+        tiles = tuple(tile._replace(stages=min(tile.stages, HIP_STAGES)) for tile in tiles)
+    return tiles
 
 
 def tile_for(
-    rows: int, x: torch.dtype, w: torch.dtype, compute: torch.dtype, precision: str
+    rows: int,
+    x: torch.dtype,
+    w: torch.dtype,
+    compute: torch.dtype,
+    precision: str,
+    ragged: bool = False,
 ) -> Tile:
-    """The tile for halves of `rows`, from the dtypes of what is read and of the product."""
+    """The tile for halves of `rows`, from the dtypes of what is read and of the product.
+
+    `ragged`: sizes or addresses are no multiples of 16.
+    """
     kind = precision
     if compute == torch.bfloat16:
         kind = "bf16" if x == w == torch.bfloat16 else "mixed"
-    return next((tile for tile in TILES[kind] if tile.rows >= rows), TILES[kind][-1])
+    tiles = tiles_of(kind, ragged, torch.version.hip is not None)
+    return next((tile for tile in tiles if tile.rows >= rows), tiles[-1])
 
 
 @jit
@@ -168,6 +189,15 @@ def _extent(size: tuple[int, int], stride: tuple[int, ...], tile: Tile) -> int:
     return sum((n + max(tile[:3])) * abs(s) for n, s in zip(size, stride, strict=True))
 
 
+def _ragged(x: Tensor, w: Tensor, y: Tensor) -> bool:
+    """Whether an address, a stride or the length of a row is no multiple of 16.
+
+    Triton specialises by these: such a launch moves fewer than 16 bytes at a time.
+    """
+    extents = (*w.shape, *(s for t in (x, w) for s in t.stride() if s != 1))
+    return any(n % 16 for n in (*extents, *(t.data_ptr() for t in (x, w, y))))
+
+
 def launch(
     x: Tensor,
     w: Tensor,
@@ -186,7 +216,7 @@ def launch(
 ) -> None:
     """Launch over whole queries, or over one half alone."""
     (N, K), M = w.shape, y.shape[0] // count
-    tile = tile_for(M, x.dtype, w.dtype, y.dtype, precision)
+    tile = tile_for(M, x.dtype, w.dtype, y.dtype, precision, _ragged(x, w, y))
     sign = -1.0 if count == 1 and first % 2 else 1.0
     queries = (count + 1) // 2
     s_x, s_w = x.stride(), w.stride()
@@ -218,4 +248,4 @@ def launch(
     )
 
 
-__all__ = ["TILES", "Tile", "launch", "tile_for"]
+__all__ = ["TILES", "Tile", "launch", "tile_for", "tiles_of"]

@@ -301,6 +301,53 @@ def test_a_tile_holds_the_rows_or_is_the_largest() -> None:
 
 
 @needs_triton
+def test_tiles_of_ragged_sizes_and_of_amd_are_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("zo_kernels._paired_linear")
+    bf16, mixed = (10**6, BF16, BF16, BF16, "ieee"), (10**6, FP32, FP32, BF16, "ieee")
+    assert module.tile_for(*bf16).rows == 256 and module.tile_for(*bf16, True).rows == 128
+    assert module.tile_for(*mixed).stages == 3
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert module.tile_for(*mixed)[:4] == module.tiles_of("mixed")[-1][:4]
+    assert module.tile_for(*mixed).stages == 2
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("case", "ragged"),
+    [
+        ("aligned", False),
+        ("transposed", False),
+        ("K", True),
+        ("N", True),
+        ("stride", True),
+        ("address", True),
+    ],
+)
+def test_a_launch_knows_what_is_ragged(
+    case: str, ragged: bool, device: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("zo_kernels._paired_linear")
+    tile_for, seen = module.tile_for, []
+
+    def spy(*args: Any) -> Any:
+        seen.append(args[-1])
+        return tile_for(*args)
+
+    monkeypatch.setattr(module, "tile_for", spy)
+    x, w, _ = inputs((16, 48, 64), 2, BF16, device)
+    wide = torch.zeros(48, 72, dtype=BF16, device=device)
+    views = {
+        "transposed": (x.t().contiguous().t(), w.t().contiguous().t()),
+        "K": (x[:, :63].contiguous(), w[:, :63].contiguous()),
+        "N": (x, w[:47]),
+        "stride": (x, wide[:, :64]),
+        "address": (torch.zeros(33 * 64, dtype=BF16, device=device)[4:-60].view(32, 64), w),
+    }
+    run(*views.get(case, (x, w)), None, "triton")
+    assert seen == [ragged]
+
+
+@needs_triton
 def test_rows_of_the_weight_may_begin_beyond_int32(device: Any, tmp_path: Path) -> None:
     """Row 2 begins at element 2^31."""
     distance = 1 << 30
