@@ -88,7 +88,35 @@ def _operand(b, DOT: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @jit
-def _store(p_y, m_y, acc, b_bias, RELU: tl.constexpr):
+def _split(b):
+    """fp32 as two numbers of tf32: rounded to nearest (11 bits), and what that drops."""
+    b_high = ((b.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return b_high, b - b_high
+
+
+@jit
+def _multiply(b_x, b_w, acc, low_x, low_w, PRECISION: tl.constexpr):
+    """`acc += x w^T`. tf32x3: without the product of the low parts, in sums of their own.
+
+    (Triton's own tf32x3 chains three products, takes the first two for links of an attention, and
+    has both groups of warps make all 64 rows of them.)
+    """
+    if PRECISION == "tf32x3":
+        b_x, x_low = _split(b_x)
+        b_w, w_low = _split(b_w)
+        # In this order: others Triton 3.6 fails to pipeline for sm_100.
+        acc = tl.dot(b_x, b_w.trans(), acc, input_precision="tf32")
+        low_w = tl.dot(b_x, w_low.trans(), low_w, input_precision="tf32")
+        low_x = tl.dot(x_low, b_w.trans(), low_x, input_precision="tf32")
+    else:
+        acc = tl.dot(b_x, b_w.trans(), acc, input_precision=PRECISION)
+    return acc, low_x, low_w
+
+
+@jit
+def _store(p_y, m_y, acc, low, b_bias, PRECISION: tl.constexpr, RELU: tl.constexpr):
+    if PRECISION == "tf32x3":  # the low part of an infinity is NaN
+        acc += tl.where(tl.abs(acc) < float("inf"), low, 0.0)
     b_y = acc + b_bias[None, :]
     if RELU:
         b_y = tl.where(b_y < 0, 0.0, b_y)  # NaN stays
@@ -162,26 +190,29 @@ def _paired_linear_kernel(
     p_x = x_ptr + q.to(tl.int64) * HALVES * x_half + o_m[:, None] * s_xm + o_k[None, :] * s_xk
     p_w = w_ptr + o_n[:, None] * s_wn + o_k[None, :] * s_wk
     acc = tl.zeros([BM, BN], tl.float32)
-    acc_minus = acc
+    low_x, low_w, acc_minus, minus_x, minus_w = acc, acc, acc, acc, acc
     for k in range(0, K, BK):
         m_k = (o_k < K - k)[None, :]
         b_w = tl.load(p_w, mask=m_n[:, None] & m_k, other=0.0).to(tl.float32)
         b_x = _operand(tl.load(p_x, mask=m_m & m_k, other=0.0), DOT, UPCAST)
         b_z = shift_tile(key_ptr, o_row, k, K, tensor, third, amplitude, NOISE, BK)
         b_half = _operand(b_w + b_z, DOT, UPCAST)
-        acc = tl.dot(b_x, b_half.trans(), acc, input_precision=PRECISION)
+        acc, low_x, low_w = _multiply(b_x, b_half, acc, low_x, low_w, PRECISION)
         if PAIR:
             if not SHARED:
                 b_x = _operand(tl.load(p_x + x_half, mask=m_m & m_k, other=0.0), DOT, UPCAST)
             b_half = _operand(b_w - b_z, DOT, UPCAST)
-            acc_minus = tl.dot(b_x, b_half.trans(), acc_minus, input_precision=PRECISION)
+            acc_minus, minus_x, minus_w = _multiply(
+                b_x, b_half, acc_minus, minus_x, minus_w, PRECISION
+            )
         p_x += step_x
         p_w += step_w
     p_y = y_ptr + q.to(tl.int64) * HALVES * y_half + o_m[:, None] * N + o_n[None, :]
     m_y = m_m & m_n[None, :]
-    _store(p_y, m_y, acc, b_bias + b_shift, RELU)
+    _store(p_y, m_y, acc, low_x + low_w, b_bias + b_shift, PRECISION, RELU)
     if PAIR:
-        _store(p_y + y_half, m_y, acc_minus, b_bias - b_shift, RELU)
+        p_y += y_half
+        _store(p_y, m_y, acc_minus, minus_x + minus_w, b_bias - b_shift, PRECISION, RELU)
 
 
 def _extent(size: tuple[int, int], stride: tuple[int, ...], tile: Tile) -> int:
@@ -236,7 +267,7 @@ def launch(
         BIAS=bias is not None,
         RELU=relu,
         DOT=tl.bfloat16 if y.dtype == torch.bfloat16 else tl.float32,
-        PRECISION=precision,
+        PRECISION="ieee" if y.dtype == torch.bfloat16 else precision,
         UPCAST=interpreted(),
         INT64=max(extents) > INT32_MAX,
         BM=tile.rows,

@@ -258,6 +258,17 @@ def test_relu_keeps_nan(backend: str, device: Any) -> None:
     assert y[1].isnan().all() and not y[[0, 2, 3]].isnan().any() and (y[[0, 2, 3]] >= 0).all()
 
 
+def test_tf32x3_keeps_infinities_and_nan(backend: str, device: Any) -> None:
+    """The low part of an infinity is NaN, which must not reach the sum."""
+    x, w, bias = inputs((5, 20, 40), 2, device=device)
+    x[0, 3], x[1, 4] = float("inf"), -float("inf")
+    x.view(torch.int32)[2, 5] = 0x7FFFFFFF  # the NaN that GPUs make: rounding up would wrap it
+    x[3, 6] = 1e37
+    for precision in ("ieee", "tf32x3"):
+        y = run(x, w, bias, backend, precision=precision)
+        assert y[:2].isinf().all() and y[2].isnan().all() and y[3:].isfinite().all()
+
+
 def integers(device: Any) -> tuple[Tensor, Tensor, Tensor]:
     """With signs, sums of these are exact in any order."""
     sizes = (2 * 70, 150), (70, 150), (70,)
