@@ -5,6 +5,8 @@ a fast CPU twin (numba). `backend=` forces one; `resolve_backend` says which one
 """
 
 from zo_kernels._lib import BACKENDS, resolve_backend
+from zo_kernels.paired_conv1d import paired_conv1d
+from zo_kernels.paired_conv2d import paired_conv2d
 from zo_kernels.paired_linear import paired_linear
 from zo_kernels.perturb import perturb_
 from zo_kernels.perturbed_weights import perturbed_weights
@@ -13,6 +15,8 @@ from zo_kernels.update import update_
 
 __all__ = [
     "BACKENDS",
+    "paired_conv1d",
+    "paired_conv2d",
     "paired_linear",
     "perturb_",
     "perturbed_weights",
