@@ -145,7 +145,7 @@ def _fused(current: Pass, layer: Layer, x: Tensor, dtype: torch.dtype | None) ->
         y = paired_linear(source.flatten(0, -2), *given, **settings)
         y = y.reshape(-1, *x.shape[1:-1], y.shape[-1])
     else:
-        where = {"stride": m.stride, "padding": m.padding, "dilation": m.dilation}
+        where: dict[str, Any] = {"stride": m.stride, "padding": m.padding, "dilation": m.dilation}
         if isinstance(m, nn.Conv1d):
             where = {name: value[0] for name, value in where.items()}
             y = zo_kernels.paired_conv1d(source, *given, **settings, **where)
