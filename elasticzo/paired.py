@@ -30,7 +30,8 @@ def run_paired(current: Pass, layer: Layer, x: Tensor) -> Tensor:
     m = layer.module
     dtype = compute_dtype(x.device, current.wanted) if isinstance(m, MATMULS) else None
     if layer.fusable and _path(current, layer, x, dtype) == "fused":
-        return _fused(current, layer, x, dtype)
+        with current.unwatched():
+            return _fused(current, layer, x, dtype)
     if isinstance(m, nn.Linear) and _chunks(current, layer, dtype) > 1 and not x.requires_grad:
         with vendor_precision(x.device, current.precision):
             return _linear_in_chunks(current, layer, x, dtype)

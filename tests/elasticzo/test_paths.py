@@ -67,7 +67,7 @@ Y = torch.tensor([0, 1, 2, 3])
 
 def train(
     net: str, dtype: torch.dtype = torch.float32, **settings: Any
-) -> tuple[Tensor, nn.Module]:
+) -> tuple[Tensor, ElasticZO]:
     """Losses of two steps `[2, 2Q]`, and the model behind them."""
     torch.manual_seed(0)
     defer = settings.pop("defer", False)
@@ -98,6 +98,8 @@ def test_fused_staged_and_reference_agree(net: str, pairing: str, noise: str) ->
     budget = 4 * (low.double() - exact).abs().max().item() + 1e-6
     for path in ("fused", "staged"):
         losses, model = train(net, backend="triton", path=path, **given)
+        kinds = {layer.kind for layer in model._plan.layers.values()}
+        assert "fallback" not in kinds
         assert (losses.double() - exact).abs().max().item() <= budget, path
         for (name, a), b, c in zip(
             model.state_dict().items(),
@@ -135,6 +137,9 @@ def test_a_kernel_takes_relu_and_pooling_along(monkeypatch: pytest.MonkeyPatch) 
     torch.manual_seed(0)
     model = ElasticZO(Small(), tail=0, eps=1e-2, backend="triton", path="fused").train()
     model(X)  # watched: every module runs
+    assert len(calls) == 2 and all(
+        layer.kind != "fallback" for layer in model._plan.layers.values()
+    )
     calls.clear()
     y = model(X)
     assert calls == [(True, True), (True, True)]
