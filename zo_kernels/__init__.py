@@ -6,6 +6,8 @@ a fast CPU twin (numba). `backend=` forces one; `resolve_backend` says which one
 
 from zo_kernels._lib import BACKENDS, resolve_backend
 from zo_kernels.paired_batch_norm import paired_batch_norm
+from zo_kernels.paired_conv1d import paired_conv1d
+from zo_kernels.paired_conv2d import paired_conv2d
 from zo_kernels.paired_cross_entropy import paired_cross_entropy, paired_cross_entropy_backward
 from zo_kernels.paired_layer_norm import paired_layer_norm
 from zo_kernels.paired_linear import paired_linear
@@ -18,6 +20,8 @@ from zo_kernels.update import update_
 __all__ = [
     "BACKENDS",
     "paired_batch_norm",
+    "paired_conv1d",
+    "paired_conv2d",
     "paired_cross_entropy",
     "paired_cross_entropy_backward",
     "paired_layer_norm",

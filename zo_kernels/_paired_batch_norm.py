@@ -103,6 +103,7 @@ def _moments_kernel(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
+    """Moments of a split of the rows of a half, for a block of channels."""
     rows, channels = _sizes(rows, channels, LAST, ALIGN)
     blocks_c = tl.cdiv(channels, CHANNELS)
     pid_c = tl.program_id(0) % blocks_c
@@ -155,6 +156,7 @@ def _merge_kernel(
     SPLITS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
+    """Mean and variance of a half from its splits, for a block of channels."""
     rows, channels = _sizes(rows, channels, LAST, ALIGN)
     blocks_c = tl.cdiv(channels, CHANNELS)
     half = tl.program_id(0) // blocks_c
@@ -197,6 +199,7 @@ def _normalize_kernel(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
+    """A tile of y."""
     rows, channels = _sizes(rows, channels, LAST, ALIGN)
     blocks_r, blocks_c = tl.cdiv(rows, ROWS), tl.cdiv(channels, CHANNELS)
     pid = tl.program_id(0)
@@ -269,6 +272,7 @@ def launch_normalize(
     halves: int,
     plan: Plan,
 ) -> None:
+    """y of all halves, from `[H, C]` or `[C]` moments and contiguous parameters."""
     plan = plan.wider()
     blocks_r, blocks_c = plan.blocks
     _normalize_kernel[(blocks_r * blocks_c * plan.outer * halves,)](

@@ -28,11 +28,33 @@ def _rows(ptr, half, o_b, m_b, s_half, s_row, ALIGN: tl.constexpr):
 
 
 @jit
-def _online(b_x, b_max, b_sum):
-    """Every group takes VEC logits: its maximum, and its sum of exp(x - maximum)."""
-    b_top = tl.maximum(b_max, tl.max(b_x, 2))
-    b_sum = b_sum * tl.exp(b_max - b_top) + tl.sum(tl.exp(b_x - b_top[:, :, None]), 2)
-    return b_top, b_sum
+def _turns(
+    p_row,
+    b_shift,
+    m_b,
+    C,
+    SMOOTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """Long rows, VEC logits a turn for each of COLS / VEC groups: their maxima, their sums of
+    exp(x - maximum), their sums of what exceeds the shift."""
+    GROUPS: tl.constexpr = COLS // VEC
+    b_max = tl.full([ROWS, GROUPS], LOWEST, tl.float32)
+    b_sum = tl.zeros([ROWS, GROUPS], tl.float32)
+    b_over = b_sum
+    o_c = (tl.arange(0, GROUPS) * VEC)[None, :, None] + tl.arange(0, VEC)[None, None, :]
+    for c in range(0, C, COLS):
+        m_x = m_b[:, None, None] & (o_c < C - c)
+        b_x = tl.load(p_row[:, None, None] + c + o_c, mask=m_x, other=float("-inf"))
+        b_x = b_x.to(tl.float32)
+        b_top = tl.maximum(b_max, tl.max(b_x, 2))
+        b_sum = b_sum * tl.exp(b_max - b_top) + tl.sum(tl.exp(b_x - b_top[:, :, None]), 2)
+        b_max = b_top
+        if SMOOTH:
+            b_over += tl.sum(tl.where(m_x, b_x - b_shift[:, None, None], 0.0), 2)
+    return b_max, b_sum, b_over
 
 
 @jit(do_not_specialize=["part_count", "B", "C", "s_half", "s_row", "ignore_index"])
@@ -55,6 +77,7 @@ def _cross_entropy_kernel(
     COLS: tl.constexpr,
     VEC: tl.constexpr,  # logits of a 16-byte access
 ):
+    """Log-sum-exp of some rows of a half; the sum of their losses, the number of their targets."""
     C *= ALIGN
     blocks = tl.cdiv(B, ROWS)
     half, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
@@ -68,18 +91,7 @@ def _cross_entropy_kernel(
     # The mean of logits is that of what exceeds the target's: no digits lost to a large mean.
     b_shift = tl.where(tl.abs(b_xt) < float("inf"), b_xt, 0.0)
     if LOOP:
-        GROUPS: tl.constexpr = COLS // VEC
-        b_max = tl.full([ROWS, GROUPS], LOWEST, tl.float32)
-        b_sum = tl.zeros([ROWS, GROUPS], tl.float32)
-        b_over = b_sum
-        o_c = (tl.arange(0, GROUPS) * VEC)[None, :, None] + tl.arange(0, VEC)[None, None, :]
-        for c in range(0, C, COLS):
-            m_x = m_b[:, None, None] & (o_c < C - c)
-            b_x = tl.load(p_row[:, None, None] + c + o_c, mask=m_x, other=float("-inf"))
-            b_x = b_x.to(tl.float32)
-            b_max, b_sum = _online(b_x, b_max, b_sum)
-            if SMOOTH:
-                b_over += tl.sum(tl.where(m_x, b_x - b_shift[:, None, None], 0.0), 2)
+        b_max, b_sum, b_over = _turns(p_row, b_shift, m_b, C, SMOOTH, ROWS, COLS, VEC)
     else:
         o_c = tl.arange(0, COLS)
         m_x = m_b[:, None] & (o_c < C)[None, :]
@@ -108,7 +120,7 @@ def _cross_entropy_kernel(
 
 @jit(do_not_specialize=["blocks", "part_count"])
 def _mean_kernel(part_ptr, loss_ptr, blocks, part_count, BLOCK: tl.constexpr):
-    """A program adds the parts of a half in fp64."""
+    """The loss of a half: the mean of its parts, added in fp64."""
     half = tl.program_id(0)
     o_p = tl.arange(0, BLOCK)
     b_sum = tl.zeros([BLOCK], tl.float64)
@@ -166,6 +178,7 @@ def _cross_entropy_backward_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
+    """A tile of the gradient."""
     out_half = B.to(tl.int64) * C
     blocks_b, blocks_c = tl.cdiv(B, ROWS), tl.cdiv(C * ALIGN, COLS)
     pid = tl.program_id(0) // blocks_c
@@ -206,6 +219,7 @@ def _strides(x: Tensor) -> tuple[int, tuple[int, int, int]]:
 
 
 def launch(x: Tensor, target: Tensor, smoothing: float, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Losses and log-sum-exp; classes have unit stride."""
     (halves, rows, classes), device = x.shape, x.device
     losses = torch.empty(halves, dtype=torch.float32, device=device)
     lse = torch.empty((halves, rows), dtype=torch.float32, device=device)
@@ -239,6 +253,7 @@ def launch(x: Tensor, target: Tensor, smoothing: float, ignore_index: int) -> tu
 def launch_backward(
     x: Tensor, target: Tensor, lse: Tensor, grad: Tensor, smoothing: float, ignore_index: int
 ) -> Tensor:
+    """The gradient of the logits; classes have unit stride."""
     halves, rows, classes = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel() == 0:

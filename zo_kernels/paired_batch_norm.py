@@ -8,7 +8,7 @@ Moments: every lane of a tile keeps the mean and the sum of squared deviations o
 (Welford), of x less the first value of its channel; lanes, then splits, are merged by Chan's
 formula. So neither a large mean nor a wrong first guess cancels digits.
 
-Floor: x read twice and y written once, `3 N` elements (`2 N` with running statistics); about 8
+Floor: x read twice and y written once, `3 N` elements (`2 N` with running statistics); about 10
 operations an element for the statistics and 4 for y. Staged parameters and statistics are small.
 
 Ioffe and Szegedy 2015 (arXiv:1502.03167); Chan, Golub and LeVeque 1983.

@@ -108,9 +108,9 @@ def paired_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy of every half: `(1 - s) (lse - x_t) + s (lse - mean x)`, over its rows.
 
-    Rows are computed in fp32, from what logits exceed the maximum; they are added in fp64 and the
-    mean is rounded once, so that the error of a loss is that of its rows (some 1e-7 of a row's
-    loss plus its largest difference of logits). Without a target to count the loss is NaN.
+    Rows are computed in fp32, from differences of logits (a large common offset costs nothing);
+    they are added in fp64 and the mean is rounded once: the sum adds no error to that of its rows,
+    a few roundings of a row's loss (6e-8 of it each). Without a target to count the loss is NaN.
 
     A target outside the classes cannot raise on the device: the loss is NaN, on every backend, and
     a step that skips on NaN is skipped. Infinite logits act as in torch: -inf is probability 0 (an

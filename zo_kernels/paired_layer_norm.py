@@ -71,6 +71,7 @@ def _layer_norm_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
+    """Whole rows, held in registers."""
     cols *= ALIGN
     blocks = tl.cdiv(rows, ROWS)
     half, row = tl.program_id(0) // blocks, tl.program_id(0) % blocks * ROWS
@@ -107,6 +108,7 @@ def _long_layer_norm_kernel(
     ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """One row, read twice."""
     cols *= ALIGN
     row = tl.program_id(0).to(tl.int64)
     half = row // rows
@@ -152,6 +154,7 @@ def _launch_paired_layer_norm(
     epsilon: float,
     relu: bool,
 ) -> Tensor:
+    """x is contiguous."""
     y = torch.empty_like(x)
     if y.numel() == 0:
         return y

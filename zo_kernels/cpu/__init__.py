@@ -2,6 +2,8 @@
 
 from zo_kernels.cpu.ops import perturb_, perturbed_weights, sample, update_
 from zo_kernels.cpu.paired_batch_norm import paired_batch_norm
+from zo_kernels.cpu.paired_conv1d import paired_conv1d
+from zo_kernels.cpu.paired_conv2d import paired_conv2d
 from zo_kernels.cpu.paired_cross_entropy import paired_cross_entropy, paired_cross_entropy_backward
 from zo_kernels.cpu.paired_layer_norm import paired_layer_norm
 from zo_kernels.cpu.paired_linear import paired_linear
@@ -9,6 +11,8 @@ from zo_kernels.cpu.stage import stage_
 
 __all__ = [
     "paired_batch_norm",
+    "paired_conv1d",
+    "paired_conv2d",
     "paired_cross_entropy",
     "paired_cross_entropy_backward",
     "paired_layer_norm",

@@ -1,6 +1,8 @@
 """The same ops in plain torch, file for file: the specification. Imports no Triton."""
 
 from zo_kernels.reference.paired_batch_norm import paired_batch_norm
+from zo_kernels.reference.paired_conv1d import paired_conv1d
+from zo_kernels.reference.paired_conv2d import paired_conv2d
 from zo_kernels.reference.paired_cross_entropy import (
     paired_cross_entropy,
     paired_cross_entropy_backward,
@@ -15,6 +17,8 @@ from zo_kernels.reference.update import update_
 
 __all__ = [
     "paired_batch_norm",
+    "paired_conv1d",
+    "paired_conv2d",
     "paired_cross_entropy",
     "paired_cross_entropy_backward",
     "paired_layer_norm",
