@@ -177,12 +177,6 @@ def _paired_conv2d_kernel(
     third = first_query + q
     eps = tl.load(eps_ptr).to(tl.float32)
     amplitude = eps * tl.cast(scale, tl.float32)
-    b_bias = tl.zeros([BN], tl.float32)
-    b_shift = b_bias
-    if BIAS:
-        b_bias = tl.load(b_ptr + o_row.to(tl.int64) * s_b, mask=m_n, other=0.0).to(tl.float32)
-        bias_shift = eps * tl.cast(bias_scale, tl.float32)
-        b_shift = shift_vector(key_ptr, o_row, pid_n * BN, bias_tensor, third, bias_shift, NOISE)
     o_image, o_h, o_w = _places(o_m, grid_h, grid_w, POOL)
     o_top, o_left = o_h * stride_h - pad_h, o_w * stride_w - pad_w
     o_rows = o_image * s_xb + o_top * s_xh + o_left * s_xw
@@ -218,6 +212,12 @@ def _paired_conv2d_kernel(
                 b_x = _operand(tl.load(p_x + x_half, mask=m_x, other=0.0), DOT, UPCAST)
             b_half = _operand(b_w - b_z, DOT, UPCAST)
             acc_minus = tl.dot(b_x.trans(), b_half.trans(), acc_minus, input_precision=PRECISION)
+    b_bias = tl.zeros([BN], tl.float32)
+    b_shift = b_bias
+    if BIAS:  # here, not before the loop: the registers would spill
+        b_bias = tl.load(b_ptr + o_row.to(tl.int64) * s_b, mask=m_n, other=0.0).to(tl.float32)
+        bias_shift = eps * tl.cast(bias_scale, tl.float32)
+        b_shift = shift_vector(key_ptr, o_row, pid_n * BN, bias_tensor, third, bias_shift, NOISE)
     o_y, rows = o_m, M
     if POOL:
         o_y, rows = pid_m * (BM // 4) + tl.arange(0, BM // 4), M // 4

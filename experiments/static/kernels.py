@@ -1,4 +1,4 @@
-"""Configurations of staging, update, sampling and the paired product.
+"""Configurations of perturbation, update, staging, sampling and the paired product.
 
 `perturb_` has no kernel of its own: it launches that of `perturbed_weights` over its weight.
 """
@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import zo_kernels._paired_linear
 import zo_kernels.perturbed_weights
 import zo_kernels.sample
+import zo_kernels.stage
 import zo_kernels.update  # noqa: F401
 from experiments.static.config import TYPES, Config
 from zo_kernels._layout import PER_CALL
 from zo_kernels._lib import NOISES
+from zo_kernels._table import BLOCK
 from zo_kernels.noise import KIND
 
 SIDE = 4096  # of the square weight for which time is predicted
@@ -100,16 +103,71 @@ def update(noise: str, dtype: str, int64: bool = False) -> Config:
             "NOISE": KIND[noise],
             "PER": PER_CALL[noise],
             "INT64": int64,
-            "BLOCK": module.BLOCK,
+            "BLOCK": BLOCK,
         },
         tuple(pointers),
         module.WARPS,
         problem={
             "elements": elements,
             "bytes": 2 * elements * BYTES[dtype],
-            "programs": elements // module.BLOCK,
+            "programs": elements // BLOCK,
             "turns": 1,
-            "noise": module.BLOCK,
+            "noise": BLOCK,
+        },
+    )
+
+
+def stage(
+    noise: str,
+    dtype: str,
+    flat: bool,
+    pending: bool,
+    out: str | None = None,
+    one: bool | None = None,
+    int64: bool = False,
+) -> Config:
+    """Flat weights alone and general ones among many, or as `one` says; one query, one update."""
+    module = _module("stage")
+    out, one = out or dtype, flat if one is None else one
+    pointers = {
+        "table_ptr": "*i64",
+        "scale_ptr": "*fp64",
+        "block_ptr": "*i32",
+        "out_ptr": f"*{out}",
+        "key_ptr": "*i64",
+        "eps_ptr": "*fp64",
+        "before_ptr": "*i64",
+        **dict.fromkeys(("coeff_ptr", "lr_ptr", "decay_ptr"), "*fp64"),
+        "skip_ptr": "*fp32" if pending else "*fp64",  # eps stands for what is not read
+    }
+    integers = ("queries", "first_query", "start", "stop")
+    form = ("flat" if flat else "general") + ("" if one == flat else "-one" if one else "-many")
+    parts = [noise, dtype, *([out] if out != dtype else []), form, *["pending"] * pending]
+    elements = SIDE * SIDE
+    return Config(
+        "-".join(["stage", *parts, *["int64"] * int64]),
+        module._stage_kernel,
+        pointers | dict.fromkeys(integers, "i32"),
+        {
+            "PENDING": pending,
+            "ONE": one,
+            "FLAT": flat,
+            "QUERIES": 1,
+            "DTYPE": TYPES[dtype],
+            "WIDE": _wide(dtype),
+            "NOISE": KIND[noise],
+            "PER": PER_CALL[noise],
+            "INT64": int64,
+            "BLOCK": BLOCK,
+        },
+        tuple(pointers),
+        module.WARPS,
+        problem={
+            "elements": elements,
+            "bytes": elements * ((1 + pending) * BYTES[dtype] + 2 * BYTES[out]),
+            "programs": elements // BLOCK,
+            "turns": 1,
+            "noise": BLOCK,
         },
     )
 
@@ -205,7 +263,7 @@ def paired_linear(
     )
 
 
-def _staging(target: str) -> Iterator[Config]:
+def _perturbation(target: str) -> Iterator[Config]:
     """Flat and general weights; every pair of dtypes on sm_90."""
     for noise in NOISES:
         for dtype in ("fp32", "bf16"):
@@ -220,6 +278,21 @@ def _staging(target: str) -> Iterator[Config]:
         yield perturbed_weights("normal", "fp64", flat=False)
         yield perturbed_weights("normal", "fp64", flat=True, out="bf16")
         yield perturbed_weights("normal", "fp32", flat=True, queries=4)
+
+
+def _staging(target: str) -> Iterator[Config]:
+    """Flat and general weights, with an update and without; every pair of dtypes on sm_90."""
+    if target != "cuda-90":
+        for flat in (True, False):
+            yield stage("normal", "fp32", flat, True, out="bf16")
+            yield stage("normal", "bf16", flat, True)
+        return
+    for noise, flat, pending in product(NOISES, (True, False), (True, False)):
+        for dtype, out in (("fp32", "fp32"), ("fp32", "bf16"), ("bf16", "bf16")):
+            yield stage(noise, dtype, flat, pending, out=out)
+    yield stage("normal", "fp32", flat=True, pending=True, one=False)
+    yield stage("normal", "fp64", flat=True, pending=True)
+    yield stage("normal", "fp32", flat=False, pending=True, out="bf16", int64=True)
 
 
 def _products(target: str) -> Iterator[Config]:
@@ -247,6 +320,7 @@ def _products(target: str) -> Iterator[Config]:
 
 def configs(target: str) -> Iterator[Config]:
     """Everything that ships on sm_90, the heaviest ones elsewhere."""
+    yield from _perturbation(target)
     yield from _staging(target)
     for noise in NOISES:
         for dtype in ("fp32", "bf16", "fp64") if target == "cuda-90" else ("fp32", "bf16"):
@@ -259,4 +333,4 @@ def configs(target: str) -> Iterator[Config]:
     yield from _products(target)
 
 
-__all__ = ["configs", "paired_linear", "perturbed_weights", "sample", "update"]
+__all__ = ["configs", "paired_linear", "perturbed_weights", "sample", "stage", "update"]

@@ -116,7 +116,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any]]]
     "staged": (LeNet5, {"path": "staged"}, {}),
     "deferred": (LeNet5, {"path": "staged"}, {"defer": True}),
     "queries": (LeNet5, {"path": "staged", "queries": 3}, {"clip": 5.0}),
-    "fused": (LeNet5, {"path": {"fc*": "fused", "conv*": "staged"}}, {}),
+    "fused": (LeNet5, {"path": "fused"}, {}),
     "norms": (Norms, {"path": "staged"}, {}),
     "sequential": (LeNet5, {"path": "staged", "pairing": "sequential"}, {}),
     "resnet": (ResNet20, {"path": "staged"}, {}),

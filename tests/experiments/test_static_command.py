@@ -14,7 +14,7 @@ pytest.importorskip("tyro")
 from experiments.static import __main__ as command
 from experiments.static import compiler, kernels, registry
 from experiments.static.roofline import Peaks, predict, tensor_operations
-from experiments.static.rules import violations
+from experiments.static.rules import SHARED, violations
 from experiments.static.table import RESULTS, read
 
 # ---- registry
@@ -24,6 +24,11 @@ def test_every_module_with_configurations_is_registered() -> None:
     folder = Path(registry.__file__).parent
     with_configs = {p.stem for p in folder.glob("*.py") if "\ndef configs(" in p.read_text()}
     assert with_configs - {"registry"} == {*registry.MODULES}
+
+
+def test_one_list_of_targets() -> None:
+    for targets in (command.ALL, compiler.GPUS, SHARED):
+        assert tuple(targets) == registry.TARGETS
 
 
 def test_the_registry_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
