@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils import _pytree as pytree
 
 from elasticzo import ZOSGD, ElasticZO, capture_step, pair_losses
 from elasticzo.precision import precision_of
@@ -80,6 +81,8 @@ class Plain:
         self.x.copy_(x)
         self.x2.copy_(torch.cat([x, x]))
         for what, run in (("two passes", self.two), ("one double pass", self.double)):
+            for output in pytree.tree_leaves(run.output):  # of a graph: the memory it writes
+                output.fill_(math.nan)
             run()
             outputs = run.output if isinstance(run.output, tuple) else run.output.chunk(2)
             for came in outputs:
@@ -108,6 +111,7 @@ class Step:
             rate = torch.tensor(IDLE, device=device)
             self.tail = self.model.tail_optimizer(torch.optim.SGD, lr=rate)
         self.logits: Tensor | None = None
+        self.replay: Contestant | None = None  # of the captured graph, without its checks
 
     def eager(self, i: int) -> Tensor:
         return self.step(*self.sets[i % len(self.sets)])
@@ -128,6 +132,9 @@ class Step:
     def captured(self) -> Contestant:
         """The step in a graph, verified."""
         step = capture_step(self.zo, F.cross_entropy, *self.sets[0], tail=self.tail)
+        if step._graph is not None:
+            graph = step._graph
+            self.replay = lambda i: graph.replay()
 
         def poisoned_step(x: Tensor, y: Tensor) -> Tensor:
             if step.captured:
@@ -192,6 +199,8 @@ class Step:
         g = (losses[0].double() - losses[1].double()) / (2 * self.eps)
         self.model.flush()
         kind = "bf16" if x.dtype == torch.bfloat16 else "fp32"
+        if self.model.effective_pairing != "stacked":
+            raise Refused("the halves do not run stacked")
         found["weights"] = max(
             require(f"{n} after the step", p, before[n] - self.lr * g * z[n], BOUNDS[kind])
             for n, p in self.model.named_head_parameters()
@@ -257,7 +266,7 @@ def mezo_contestants(
     try:
         graphed = _captured_mezo(loop(True), bench, sets, pool)
         bench.check(lambda: returns(graphed[1], lambda: graphed[0](0)))
-    except (RuntimeError, Refused) as error:
+    except (RuntimeError, AttributeError, Refused) as error:
         torch.cuda.synchronize(bench.device)
         return runs, {"mezo_captured": f"could not be captured: {str(error)[:300]}"}
     runs["mezo_captured"] = graphed[0]

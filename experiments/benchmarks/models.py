@@ -67,27 +67,31 @@ def mlp(width: int, depth: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
+def small_lenet() -> nn.Sequential:
+    """The kinds of layers of `LeNet5`."""
+    conv = nn.Conv2d(1, 2, 5, padding=2)
+    return nn.Sequential(conv, nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(32, 10))
+
+
+def small_vgg() -> nn.Sequential:
+    """The kinds of layers of `VGG11`."""
+    stages = VGG11(width=2).features[:6]
+    return nn.Sequential(stages, nn.Flatten(), nn.Linear(4 * 2 * 2, 10))
+
+
 def small_residual() -> nn.Sequential:
-    """Two blocks of `ResNet20`: every kind of layer it has."""
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1, bias=False),
-        nn.BatchNorm2d(4),
-        nn.ReLU(),
-        BasicBlock(4, 4, 1),
-        BasicBlock(4, 8, 2),
-        nn.Flatten(),
-        nn.Linear(8 * 4 * 4, 10),
-    )
+    """The kinds of layers of `ResNet20`."""
+    return nn.Sequential(BasicBlock(3, 3, 2), nn.Flatten(), nn.Linear(3 * 2 * 2, 10))
 
 
 def subjects(reduced: bool) -> dict[str, Subject]:
     """The networks by name; reduced, each is as small as it can be."""
     if reduced:
         found = [
-            Subject("lenet5", "LeNet-5", LeNet5, (1, 28, 28), 10),
-            Subject("mlp", "MLP 32x2", lambda: mlp(32, 2), (32,), 32),
-            Subject("vgg", "VGG-11, width 2", lambda: VGG11(width=2), (3, 32, 32), 10, True),
-            Subject("residual", "two residual blocks", small_residual, (3, 8, 8), 10, True),
+            Subject("lenet5", "one stage like LeNet-5's", small_lenet, (1, 8, 8), 10),
+            Subject("mlp", "MLP 16x2", lambda: mlp(16, 2), (16,), 16),
+            Subject("vgg", "two stages of VGG-11", small_vgg, (3, 8, 8), 10, True),
+            Subject("residual", "a residual block", small_residual, (3, 4, 4), 10, True),
         ]
     else:
         found = [

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import gc
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from experiments.benchmarks.timing import Contestant, Timings, measure
 
 Row = dict[str, Any]
+COMPILED_ROWS = 4096  # kernels are the same for more of them
 # Norm of the error over that of float64's result, for one product: rounded operands and result.
 # tf32 operands are cut off, not rounded, on tensor cores: twice 2^-11 on average.
 BOUNDS = {"fp32": 1e-5, "ieee": 1e-5, "tf32x3": 1e-5, "tf32": 3e-3, "bf16": 1e-2}
@@ -59,7 +61,9 @@ def poisoned() -> Iterator[None]:
     warn = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what has no deterministic form
+            yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn)
 
@@ -94,10 +98,6 @@ class Bench:
     def cuda(self) -> bool:
         return self.device.type == "cuda"
 
-    def rounds(self, most: int = 100) -> tuple[int, int]:
-        """The least and the most."""
-        return (2, 2) if self.reduced else (5, most)
-
     def check(self, verify: Callable[[], Any]) -> Any:
         """Verify, with poisoned memory; nothing while kernels only get compiled."""
         if self.part is not None:
@@ -113,14 +113,8 @@ class Bench:
             for run in contestants.values():
                 run(0)
             raise Warmed
-        low, most = self.rounds()
-        found = measure(contestants, self.device, seconds, (min(low, least), most))
-        self._check_device()
-        return found
-
-    def _check_device(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize(self.device)  # an error of a kernel shows here
+        rounds = (1, 1) if self.reduced else (least, 100)
+        return measure(contestants, self.device, seconds, rounds)
 
     def case(self, label: str, run: Callable[[], Row], *, clean: bool = False) -> Row:
         """The row of one case, or why there is none.
@@ -148,10 +142,18 @@ class Bench:
             self.failed.append(f"{label}: {type(error).__name__}: {error}")
             return {"failed": f"{type(error).__name__}: {str(error)[:500]}"}
         finally:
-            if clean:
+            self._tidy(clean)
+
+    def _tidy(self, clean: bool) -> None:
+        """Give memory back: wanted, or because half of it is taken."""
+        if not self.cuda:
+            return
+        # An error of a kernel would show here again; the case has noted it.
+        with suppress(RuntimeError):
+            total = torch.cuda.get_device_properties(self.device).total_memory
+            if clean or torch.cuda.memory_reserved(self.device) > total / 2:
                 gc.collect()
-                if self.cuda:
-                    torch.cuda.empty_cache()
+                torch.cuda.empty_cache()
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -167,6 +169,7 @@ def usable(rows: list[Row], key: str) -> list[Row]:
 
 __all__ = [
     "BOUNDS",
+    "COMPILED_ROWS",
     "Bench",
     "Refused",
     "Row",

@@ -22,7 +22,7 @@ from experiments.benchmarks.contestants import (
     verified_batch,
 )
 from experiments.benchmarks.models import DTYPES, Subject, subjects
-from experiments.benchmarks.section import Bench, Refused, Row, usable
+from experiments.benchmarks.section import COMPILED_ROWS, Bench, Refused, Row, usable
 from experiments.benchmarks.timing import Contestant
 
 BATCHES = (1, 16, 256, 4096, 65536)
@@ -63,18 +63,21 @@ def contest(bench: Bench, subject: Subject, batch: int, dtype: str, variant: Var
     if variant.eager:
         runs["step_eager"] = step.eager
     runs["step_captured"] = step.captured()
+    if variant.mezo and step.replay is not None:  # what a call costs on the host is left out
+        runs["step_replay"] = step.replay
     notes: Row = {}
     if variant.mezo:
         more, notes = mezo_contestants(subject, bench, sets, plain.pool)
         runs |= more
     times = bench.times(runs, seconds=0.5, least=3 if batch >= LARGE else 5)
-    if not bool(torch.isfinite(step.eager(0)).all()):
+    losses = runs["step_captured"](0)
+    if not (isinstance(losses, torch.Tensor) and bool(torch.isfinite(losses).all())):
         raise Refused("losses are not finite after the timed steps")
     faster = times.faster("two_passes", "one_double")
     row: Row = {"verified": verified, "inference": faster, "notes": notes}
     row["times"] = {name: times.row(name) for name in runs}
     row["spread"] = times.ratio("two_passes_again", "two_passes")
-    for name in ("step_captured", "step_eager", "mezo_eager", "mezo_captured"):
+    for name in ("step_captured", "step_replay", "step_eager", "mezo_eager", "mezo_captured"):
         if name in runs:
             row[f"ratio_{name}"] = times.ratio(faster, name)
             if name.startswith("mezo"):
@@ -90,8 +93,10 @@ def cells(
         yield from ((name, 2, "fp32", MAIN[0]) for name in models)
         if "mlp" in models:
             yield "mlp", 1, "bf16", MAIN[0]
-            yield from (("mlp", 1, "fp32", variant) for variant in (*MAIN[1:], *OTHERS))
+            yield from (("mlp", 1, "fp32", variant) for variant in (*MAIN[1:], *OTHERS[:2]))
         return
+    if bench.part is not None:
+        batches = [batch for batch in batches if batch <= COMPILED_ROWS]
     order = sorted(batches, key=lambda batch: FIRST.index(batch) if batch in FIRST else -1)
     for forms in (MAIN, OTHERS):
         for batch in order:
@@ -110,7 +115,7 @@ def run(
     """All cells; the rows in the order in which they are read, not in which they were timed."""
     known = subjects(bench.reduced)
     todo = cells(bench, batches, models or [*known], dtypes)
-    rows = [_row(bench, known[name], *cell) for name, *cell in todo]
+    rows = [_row(bench, known[cell[0]], *cell[1:]) for cell in todo]
     rows.sort(key=lambda r: (r["model"], r["batch"], r["dtype"], r["variant"]))
     return {
         "networks": {name: one.what for name, one in known.items()},
@@ -127,22 +132,29 @@ def _row(bench: Bench, subject: Subject, batch: int, dtype: str, variant: Varian
 
 
 def table(result: Row) -> Table:
-    """Throughput in % of two inference passes; speed against the MeZO-style loop."""
-    found = Table(
-        "model", "batch", "dtype", "step", "captured %", "eager %", "x MeZO", "x captured"
-    )
-    for row in usable(result["rows"], "ratio_step_captured"):
-        cells = [row["model"], str(row["batch"]), row["dtype"], row["variant"]]
-        for name, factor in (
-            ("ratio_step_captured", 100),
-            ("ratio_step_eager", 100),
-            ("speedup_over_mezo_eager", 1),
-            ("speedup_over_mezo_captured", 1),
-        ):
-            value = row.get(name)
-            cells.append("" if value is None else f"{factor * value['median']:.3g}")
-        found.add_row(*cells)
+    """Throughput of captured steps in % of two inference passes; speed over the MeZO-style loop."""
+    heads = ("normal", "deferred", "signs", "cls1", "eager", "MeZO", "x MeZO", "x captured MeZO")
+    found = Table("model", "batch", "dtype", *(f"{head} %" for head in heads[:6]), *heads[6:])
+    rows = usable(result["rows"], "ratio_step_captured")
+    for cell in dict.fromkeys((r["model"], r["batch"], r["dtype"]) for r in rows):
+        own = {r["variant"]: r for r in rows if (r["model"], r["batch"], r["dtype"]) == cell}
+        main = own.get("full-zo-normal", {})
+        parts = [
+            *(_percent(own.get(name, {}), "ratio_step_captured") for name in COLUMNS),
+            _percent(main, "ratio_step_eager"),
+            _percent(main, "ratio_mezo_eager"),
+            _percent(main, "speedup_over_mezo_eager", 1),
+            _percent(main, "speedup_over_mezo_captured", 1),
+        ]
+        found.add_row(*map(str, cell), *parts)
     return found
+
+
+COLUMNS = ("full-zo-normal", "full-zo-normal-deferred", "full-zo-rademacher", "cls1-normal")
+
+
+def _percent(row: Row, key: str, factor: float = 100) -> str:
+    return f"{factor * row[key]['median']:.3g}" if key in row else ""
 
 
 __all__ = ["BATCHES", "MAIN", "OTHERS", "contest", "run", "table"]

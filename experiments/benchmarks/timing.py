@@ -102,13 +102,13 @@ def measure(
         rounds: the least and the most.
     """
     clock = _clock(device)
-    calls, total = {}, 0.0
+    calls, total, (least, most) = {}, 0.0, rounds
     for name, run in contestants.items():
-        clock(run, 0, 1)
-        once = max(clock(run, 1, 1), 1e-7)
+        if most > 1:  # a single round is a rehearsal itself
+            clock(run, 0, 1)
+        once = max(clock(run, 1, 1), 1e-7) if most > 1 else REGION
         calls[name] = min(max(math.ceil(REGION / once), 1), MAX_CALLS)
         total += once * calls[name]
-    least, most = rounds
     wanted = min(max(int(seconds / total), least), most)
     found: dict[str, list[float]] = {name: [] for name in contestants}
     names = list(contestants)
