@@ -1,4 +1,4 @@
-"""VGG-11 for 32x32 images (Simonyan and Zisserman 2014, column A), without its large last layers."""
+"""VGG-11 for 32x32 images (Simonyan and Zisserman 2014, column A), one linear layer at its end."""
 
 from __future__ import annotations
 

@@ -81,8 +81,9 @@ class Plain:
         self.x.copy_(x)
         self.x2.copy_(torch.cat([x, x]))
         for what, run in (("two passes", self.two), ("one double pass", self.double)):
-            for output in pytree.tree_leaves(run.output):  # of a graph: the memory it writes
-                output.fill_(math.nan)
+            for output in pytree.tree_leaves(run.output):
+                if isinstance(output, Tensor):  # of a graph: the memory that it writes
+                    output.fill_(math.nan)
             run()
             outputs = run.output if isinstance(run.output, tuple) else run.output.chunk(2)
             for came in outputs:

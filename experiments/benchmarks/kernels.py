@@ -110,7 +110,7 @@ def time_case(bench: Bench, case: Case, rates: Row | None) -> Row:
     }
     if case.vendor is not None:
         found["vendor"] = case.vendor_what
-        found["over_vendor"] = times.ratio("vendor", "kernel")
+        found["vendor_over_kernel"] = times.ratio("vendor", "kernel")
     return found
 
 

@@ -69,7 +69,7 @@ def contest(bench: Bench, subject: Subject, batch: int, dtype: str, variant: Var
     if variant.mezo:
         more, notes = mezo_contestants(subject, bench, sets, plain.pool)
         runs |= more
-    times = bench.times(runs, seconds=0.5, least=3 if batch >= LARGE else 5)
+    times = bench.times(runs, seconds=0.3, least=3 if batch >= LARGE else 5)
     losses = runs["step_captured"](0)
     if not (isinstance(losses, torch.Tensor) and bool(torch.isfinite(losses).all())):
         raise Refused("losses are not finite after the timed steps")
@@ -98,11 +98,11 @@ def cells(
     if bench.part is not None:
         batches = [batch for batch in batches if batch <= COMPILED_ROWS]
     order = sorted(batches, key=lambda batch: FIRST.index(batch) if batch in FIRST else -1)
-    for forms in (MAIN, OTHERS):
+    for variant in (*MAIN, *OTHERS):
         for batch in order:
             for dtype in dtypes:
                 for name in models:
-                    for variant in forms if forms is MAIN or batch < LARGE else ():
+                    if variant in MAIN or batch < LARGE:
                         yield name, batch, dtype, variant
 
 

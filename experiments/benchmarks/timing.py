@@ -165,7 +165,7 @@ def cache_bytes(device: torch.device) -> int:
 def sets_for(size: int, device: torch.device) -> int:
     """How many sets of inputs of `size` bytes make three times the cache, within limits."""
     if device.type != "cuda":
-        return 2
+        return 1
     wanted = math.ceil(3 * cache_bytes(device) / max(size, 1)) + 1
     return max(2, min(wanted, MAX_SETS, ROTATED_BYTES // max(size, 1)))
 
