@@ -5,7 +5,7 @@ not at all) and a picture as it ends: `step` (against two inference passes and a
 `kernels` (against their floors), `paths` (fused or staged, and what the rule picks), `memory` (peak
 over inference), `precision` (error of g). A result that is wrong is not timed, and the command ends
 with 1. Without a GPU, `--reduced` runs every code path in Triton's interpreter, on tiny shapes: it
-proves that they work, and its times mean nothing.
+proves that they work, and its times mean nothing (the errors of `precision` are real).
 """
 
 from __future__ import annotations
@@ -252,7 +252,7 @@ def report(results: dict[Section, dict[str, Any]], console: Console) -> None:
         )
         console.print(table)
     if any(result["reduced"] for result in results.values()):
-        console.print("reduced: every part ran; these are no measurements")
+        console.print("reduced: every part ran; these times are no measurements")
 
 
 def replot(config: Config, console: Console) -> int:

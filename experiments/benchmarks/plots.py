@@ -13,9 +13,9 @@ from experiments.plots import pyplot, save
 TARGET = 97  # % of two inference passes
 
 
-def titled(what: str, result: Row) -> str:
-    """With the device, and a warning where nothing was measured."""
-    warning = "\nREDUCED: no measurements" if result["reduced"] else ""
+def titled(what: str, result: Row, reduced: str = "no measurements") -> str:
+    """With the device, and what a reduced run means."""
+    warning = f"\nREDUCED: {reduced}" if result["reduced"] else ""
     return f"{what} - {result['device']['name']}{warning}"
 
 
@@ -106,7 +106,10 @@ def draw_memory(path: Path, result: Row) -> None:
     axes.set_yticks(range(len(rows)), names, fontsize=6)
     axes.invert_yaxis()
     axes.axvline(1.0, color="gray", linestyle="--", linewidth=1)
-    axes.set(xlabel="peak memory over inference", title=titled("Memory of a step", result))
+    axes.set(
+        xlabel="peak memory over inference",
+        title=titled("Memory of a step", result, "a tiny network"),
+    )
     save(plt, figure, path)
 
 
@@ -128,7 +131,7 @@ def draw_precision(path: Path, result: Row) -> None:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
     panels[0][0].set_ylabel("relative error of g against float64")
-    figure.suptitle(titled("Precision", result))
+    figure.suptitle(titled("Precision", result, "a small batch"))
     save(plt, figure, path)
 
 

@@ -57,7 +57,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_reduced_writes_every_file_and_says_what_it_is(whole: Any) -> None:
     names = {f"{name}.{kind}" for name in SECTIONS for kind in ("json", "png")}
     assert {path.name for path in whole.folder.iterdir()} == names
-    assert "these are no measurements" in whole.out
+    assert "these times are no measurements" in whole.out
     for name, result in whole.results.items():
         assert result["reduced"] is True and result["section"] == name
         assert result["refused"] == result["failed"] == []
