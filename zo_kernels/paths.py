@@ -8,7 +8,7 @@ halves are written and read. With N x K weights, M rows a half and Q queries:
 
 a and a' are the instructions that an element of noise costs in each (experiments/results/static),
 c the bytes of a staged weight, f and v the parts of the peak that our products and the vendor's
-reach. `experiments/benchmarks/paths.py` measures where the two lines cross.
+reach. `python -m experiments.benchmarks --only paths` measures where the two lines cross.
 """
 
 from __future__ import annotations

@@ -243,7 +243,7 @@ def test_predictions_by_hand() -> None:
 
 
 def test_a_staged_convolution_joins_its_halves() -> None:
-    """Once a half the library, and its outputs read and written again; an input read once is not."""
+    """The library runs once a half, and its outputs are read and written again."""
     device = paths.DEVICES["H200"]
     given = [1 << 20, 16, 144, 1, 1 << 24, 1 << 24]
     kinds = [torch.bfloat16] * 3
