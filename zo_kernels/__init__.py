@@ -5,6 +5,13 @@ a fast CPU twin (numba). `backend=` forces one; `resolve_backend` says which one
 """
 
 from zo_kernels._lib import BACKENDS, resolve_backend
+from zo_kernels.int8_perturbed_weights import int8_perturbed_weights
+from zo_kernels.int8_range import int8_range
+from zo_kernels.int8_requantize import int8_requantize
+from zo_kernels.int8_update import int8_update_
+from zo_kernels.integer_cross_entropy import integer_cross_entropy
+from zo_kernels.integer_projected_sign import integer_projected_sign
+from zo_kernels.integer_softmax_error import integer_softmax_error
 from zo_kernels.paired_linear import paired_linear
 from zo_kernels.perturb import perturb_
 from zo_kernels.perturbed_weights import perturbed_weights
@@ -13,6 +20,13 @@ from zo_kernels.update import update_
 
 __all__ = [
     "BACKENDS",
+    "int8_perturbed_weights",
+    "int8_range",
+    "int8_requantize",
+    "int8_update_",
+    "integer_cross_entropy",
+    "integer_projected_sign",
+    "integer_softmax_error",
     "paired_linear",
     "perturb_",
     "perturbed_weights",
