@@ -16,9 +16,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from elasticzo.dropout import dropout
-from elasticzo.layers import MATMULS, PAIRED, conv_of_shared, shares_input
+from elasticzo.paired import run_paired
 from elasticzo.passes import Pass
 from elasticzo.plan import CLOSED, Layer, Plan, compute_dtype
+from elasticzo.sequence import run_sequence
 from elasticzo.state import (
     BufferSnapshot,
     Slot,
@@ -65,7 +66,6 @@ def taken_over(
     plan: Plan,
     current: Pass,
     moving: Sequence[Slot],
-    wanted: torch.dtype | None,
     compiled: bool = False,
 ) -> Iterator[None]:
     """Take over the forwards of the plan's layers for one pass.
@@ -79,12 +79,12 @@ def taken_over(
             stack.enter_context(_Reads(current))
         try:
             for layer in plan.layers.values():
+                if layer.kind == "sequence" and (compiled or current.verify):
+                    continue  # nothing to be traced around, or watched
                 before = layer.module.__dict__.get("forward")
                 patched.append((layer.module, before))
                 original = layer.module.forward
-                layer.module.__dict__["forward"] = partial(
-                    call, current, layer, original, moving, wanted
-                )
+                layer.module.__dict__["forward"] = partial(call, current, layer, original, moving)
             yield
         finally:
             for module, before in reversed(patched):
@@ -99,13 +99,14 @@ def _call(
     layer: Layer,
     forward: Callable[..., Any],
     moving: Sequence[Slot],
-    wanted: torch.dtype | None,
     *args: Any,
     **kwargs: Any,
 ) -> Any:
     """What a layer's module runs instead of its own forward."""
     if layer.kind == "fallback":
-        return _run_fallback(current, layer, forward, moving, wanted, args, kwargs)
+        return _run_fallback(current, layer, forward, moving, args, kwargs)
+    if layer.kind == "sequence":
+        return run_sequence(current, layer.module, *args, **kwargs)
     x = args[0] if args else kwargs["input"]
     n = current.count
     if n > 1 and (x.dim() == 0 or x.shape[0] % n):
@@ -115,39 +116,16 @@ def _call(
         )
     if layer.kind == "dropout":
         return dropout(current, layer.module, layer.index, x)
-    return _run_paired(current, layer, x, wanted)
+    return run_paired(current, layer, x)
 
 
 _call_untraced: Callable[..., Any] = torch.compiler.disable(_call)  # type: ignore[no-untyped-call]
 
 
-def _run_paired(current: Pass, layer: Layer, x: Tensor, wanted: torch.dtype | None) -> Tensor:
-    m = layer.module
-    dtype = compute_dtype(x.device, wanted) if isinstance(m, MATMULS) else None
-    staged: dict[str, Tensor | None] = {"weight": None, "bias": None}
-    for local, p in m._parameters.items():
-        if p is None:
-            continue
-        if (id(m), local) in current.swapped:
-            staged[local] = p.unsqueeze(0)
-        elif local in layer.head:
-            staged[local] = current.stage(p, layer.head[local], dtype)
-        else:
-            staged[local] = p.expand(current.count, *p.shape)
-    run: Callable[..., Tensor] = PAIRED[type(m)]
-    half = current.original(x)
-    if half is not None and shares_input(m):
-        run, x = conv_of_shared, half  # the model's input as it came: read once for all halves
-    if dtype is None or wanted is None:
-        return run(m, x, staged, current.count)
-    cast = {k: t if t is None else t.to(dtype) for k, t in staged.items()}
-    return run(m, x.to(dtype), cast, current.count).to(x.dtype)
-
-
 @contextmanager
-def _swapped(current: Pass, layer: Layer, wanted: torch.dtype | None) -> Iterator[None]:
+def _swapped(current: Pass, layer: Layer) -> Iterator[None]:
     """The parameters of a fallback, perturbed for the half that runs."""
-    computed_in = compute_dtype(current.key.device, wanted)
+    computed_in = compute_dtype(current.key.device, current.wanted)
     restore: list[tuple[nn.Module, str, Any]] = []
     try:
         for module, local, head in layer.swaps:
@@ -179,12 +157,11 @@ def _run_fallback(
     layer: Layer,
     forward: Callable[..., Any],
     moving: Sequence[Slot],
-    wanted: torch.dtype | None,
     args: Any,
     kwargs: Any,
 ) -> Any:
     if current.half is not None:
-        with _swapped(current, layer, wanted):
+        with _swapped(current, layer):
             return forward(*args, **kwargs)
     if not has_tensor((args, kwargs)):
         raise NotByHalf(layer)
@@ -202,7 +179,7 @@ def _run_fallback(
             part = split_half(states, current.halves, half, shared, layer.name, dim=1)
             a, k = a[:1], {"hx": part}
         a, k = _flat_masks(layer, a, k)
-        with _swapped(current, layer, wanted):
+        with _swapped(current, layer):
             return forward(*a, **k)
 
     device = current.key.device

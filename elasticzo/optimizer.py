@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elasticzo.deferred import Deferred
 from elasticzo.losses import check_losses, projected_gradients
 from elasticzo.trajectory import TrajectoryLog
 from elasticzo.wrapper import ElasticZO
@@ -29,6 +30,35 @@ class Targets:
     groups: list[int]
     scales: list[float]
     still: list[tuple[int, int]]
+
+    def pick(self, places: set[int]) -> Targets:
+        """Some of them, in their order."""
+        kept = sorted(places)
+        return Targets(
+            [self.params[i] for i in kept],
+            [self.tensors[i] for i in kept],
+            [self.groups[i] for i in kept],
+            [self.scales[i] for i in kept],
+            [(kept.index(i), row) for i, row in self.still if i in places],
+        )
+
+
+def _update_now(
+    model: ElasticZO, targets: Targets, coeff: Tensor, rates: Tensor, decays: Tensor, skip: Tensor
+) -> None:
+    """One launch; rows that stay are put back."""
+    still = [targets.params[i][row] for i, row in targets.still]
+    values = [row.clone() for row in still]
+    update_(
+        *(targets.params, model._key, coeff, rates, decays, skip),
+        tensors=targets.tensors,
+        groups=targets.groups,
+        scales=targets.scales,
+        noise=model.noise,
+        backend=model.backend,
+    )
+    for row, value in zip(still, values, strict=True):
+        row.copy_(value)
 
 
 _REPLACED = (
@@ -51,6 +81,9 @@ class ZOSGD(torch.optim.Optimizer):
             parameters; the rest of the head gets the defaults.
         clip: bound on |g_q|, in loss per unit of z; None is unbounded.
         weight_decay: of the defaults.
+        defer: leave the update to the next training forward, which reads and writes the weights
+            once for both; bit-equal. `eval()`, `state_dict()` and `head_parameters()` of the model
+            apply it first; before reading weights any other way, call `model.flush()`.
     Raises: ValueError, TypeError that name what was expected and what came.
     Source: arXiv:2501.04287 (w -= lr g z).
     """
@@ -62,6 +95,7 @@ class ZOSGD(torch.optim.Optimizer):
         groups: Sequence[dict[str, Any]] | None = None,
         clip: float | None = None,
         weight_decay: float = 0.0,
+        defer: bool = False,
     ) -> None:
         if not isinstance(model, ElasticZO):
             raise TypeError(f"model must be an ElasticZO, got {type(model).__name__}")
@@ -69,9 +103,11 @@ class ZOSGD(torch.optim.Optimizer):
             raise ValueError(f"clip must be > 0 or None, got {clip}")
         self.model = model
         self.clip = clip
+        self.defer = defer
         self._log: TrajectoryLog | None = None
         self._last_read_skips = 0
         self._cached: tuple[tuple[float, ...], Targets] | None = None
+        self._parts: tuple[Targets, Targets, Targets] | None = None
         self._settings: dict[str, tuple[Tensor, list[Any]]] = {}
         super().__init__(_complete_groups(model, groups), {"lr": lr, "weight_decay": weight_decay})
         for group in self.param_groups:
@@ -125,24 +161,32 @@ class ZOSGD(torch.optim.Optimizer):
         self.projected_gradient = g
         coeff = (g if self.clip is None else g.clamp(-self.clip, self.clip)) / model.queries
         targets = self._targets()
+        if self.defer:
+            targets, later = self._split(targets)
+            self._waiting(later).put(model._key, coeff, rates, decays, found)
         if targets.params:
-            still = [targets.params[i][row] for i, row in targets.still]
-            values = [row.clone() for row in still]
-            update_(
-                targets.params,
-                model._key,
-                coeff,
-                rates,
-                decays,
-                found,
-                tensors=targets.tensors,
-                groups=targets.groups,
-                scales=targets.scales,
-                noise=model.noise,
-                backend=model.backend,
+            _update_now(model, targets, coeff, rates, decays, found)
+
+    def _split(self, targets: Targets) -> tuple[Targets, Targets]:
+        """Targets to update now (embeddings with a row that stays) and those that can wait."""
+        if self._parts is None or self._parts[0] is not targets:
+            now = {i for i, _ in targets.still}
+            self._parts = (
+                targets,
+                targets.pick(now),
+                targets.pick({*range(len(targets.params))} - now),
             )
-            for row, value in zip(still, values, strict=True):
-                row.copy_(value)
+        return self._parts[1], self._parts[2]
+
+    def _waiting(self, targets: Targets) -> Deferred:
+        """Where the update waits; made anew when the targets changed."""
+        model, there = self.model, self.model._deferred
+        if there is None or there.targets is not targets:
+            model.flush()
+            groups = len(self.param_groups)
+            there = Deferred(targets, model.queries, groups, model._key.device)
+            model._deferred = there
+        return there
 
     def _targets(self) -> Targets:
         """Head parameters with their index, group and scale. Those of scale 0 take no part, unless
@@ -155,7 +199,7 @@ class ZOSGD(torch.optim.Optimizer):
     def _find_targets(self, decays: tuple[float, ...]) -> Targets:
         group_of = {id(p): i for i, g in enumerate(self.param_groups) for p in g["params"]}
         found = Targets([], [], [], [], [])
-        for name, p in self.model.named_head_parameters():
+        for name, p in self.model._head():
             head = self.model._plan.parameters[name]
             group = group_of.get(id(p))
             if group is None:
@@ -191,7 +235,7 @@ class ZOSGD(torch.optim.Optimizer):
                 "zo.step without a training forward since the last step: call model(x) in train() "
                 "first"
             )
-        for (name, p), seen in zip(model.named_head_parameters(), model._seen, strict=True):
+        for (name, p), seen in zip(model._head(), model._seen, strict=True):
             if id(p) not in self._known:
                 raise RuntimeError(_REPLACED.format(name))
             if (id(p), p.data_ptr()) != seen:
@@ -213,9 +257,12 @@ class ZOSGD(torch.optim.Optimizer):
             device = self.model._key.device
             wide = [torch.as_tensor(v, dtype=torch.float64, device=device) for v in values]
             return torch.stack(wide)
-        if kept is None or kept_values != values or kept.device != self.model._key.device:
+        if kept is None or kept.device != self.model._key.device:
             kept = torch.tensor(values, dtype=torch.float64, device=self.model._key.device)
-            self._settings[name] = (kept, values)
+        elif kept_values != values:
+            for i, value in enumerate(values):
+                kept[i].fill_(value)  # a launch with the number in it: nothing is copied, or waits
+        self._settings[name] = (kept, values)
         return kept
 
     # ---- what happened
@@ -242,6 +289,7 @@ class ZOSGD(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """torch's state, and under "zo" what the next step depends on: seed, step, settings."""
         model = self.model
+        model.flush()
         state = super().state_dict()
         state["zo"] = {
             "seed": model.seed,
@@ -274,6 +322,7 @@ class ZOSGD(torch.optim.Optimizer):
         different = [f"{k} was {saved[k]!r}, is {v!r}" for k, v in now.items() if saved[k] != v]
         if different:
             raise ValueError("the saved run differs: " + "; ".join(different))
+        model.flush()
         super().load_state_dict(copy.copy({k: v for k, v in state_dict.items() if k != "zo"}))
         model._seed = int(saved["seed"])
         model._key.copy_(torch.tensor([model.seed, int(saved["step"])], dtype=torch.int64))
@@ -283,7 +332,7 @@ class ZOSGD(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy writes no log, and finds its own parameters; a scheduler's patch of `step` stays.
-        left: dict[str, Any] = {"_log": None, "_cached": None, "_known": set()}
+        left: dict[str, Any] = {"_log": None, "_cached": None, "_parts": None, "_known": set()}
         return {k: v for k, v in self.__dict__.items() if k != "step"} | left
 
     def __setstate__(self, state: dict[str, Any]) -> None:

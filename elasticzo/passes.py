@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zo_kernels import perturbed_weights
+from elasticzo.deferred import Deferred
+from zo_kernels import perturbed_weights, stage_
+
+SMALL = 1 << 14  # elements: weights up to this size are staged together, in one launch
+ALIGN = 64  # elements between the places of two weights in one memory
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,17 @@ class HeadParameter:
     index: int
     scale: float
     still_row: int | None = None
+
+
+@dataclass
+class Follow:
+    """What follows a layer in its `nn.Sequential`, and may be done by the layer's own kernel."""
+
+    module: nn.Module
+    relu: bool
+    pool: bool
+    modules: int  # how many they are
+    done: bool = False
 
 
 @dataclass
@@ -56,6 +72,12 @@ class Pass:
     calls: dict[tuple[int, int | None], int] = field(default_factory=dict)
     tail_ran: str | None = None
     generator_state: Tensor | None = None
+    wanted: torch.dtype | None = None  # compute dtype the user named
+    precision: str | None = None  # of float32 products, where the user named one
+    small: Sequence[tuple[HeadParameter, Tensor]] = ()  # staged together
+    ready: dict[tuple[int, torch.dtype | None], Tensor] = field(default_factory=dict)
+    deferred: Deferred | None = None  # the update that the weights still wait for
+    follow: Follow | None = None
 
     @property
     def count(self) -> int:
@@ -86,42 +108,147 @@ class Pass:
         dtype: torch.dtype | None,
         computed_in: torch.dtype | None,
     ) -> Tensor:
-        self.consumed.add(head.name)
-        if self.verify and self.tail_ran is not None:
-            raise ValueError(
-                f"the tail must come after the whole head: {self.tail_ran!r} (tail) ran before "
-                f"{head.name!r} (head)"
-            )
+        self._consume(head)
         if not self.perturb or head.scale == 0.0:
+            if self.deferred is not None:
+                self._update_now([w])
             return w.detach().to(dtype or w.dtype).expand(self.count, *w.shape)
-        start = 0 if self.half is None else self.half
-        halves = perturbed_weights(
-            w,
-            self.key,
-            self.eps,
-            tensor=head.index,
-            start=start,
-            stop=start + self.count,
-            noise=self.noise,
-            scale=head.scale,
-            dtype=dtype,
-            backend=self.backend,
-        )
+        if (id(w), dtype) not in self.ready and any(p is w for _, p in self.small):
+            self._stage_small(dtype)
+        halves = self.ready.get((id(w), dtype))
+        if halves is None:
+            halves = self._stage_large(w, head, dtype)
         if head.still_row is not None:
             halves[:, head.still_row] = w.detach()[head.still_row]
         if self.verify:
             _check_perturbed(w, halves.to(computed_in or halves.dtype), head, float(self.eps))
         return halves
 
+    def _consume(self, head: HeadParameter) -> None:
+        self.consumed.add(head.name)
+        if self.verify and self.tail_ran is not None:
+            raise ValueError(
+                f"the tail must come after the whole head: {self.tail_ran!r} (tail) ran before "
+                f"{head.name!r} (head)"
+            )
+
+    @property
+    def _span(self) -> dict[str, Any]:
+        start = 0 if self.half is None else self.half
+        return {"start": start, "stop": start + self.count}
+
+    def _stage_large(self, w: Tensor, head: HeadParameter, dtype: torch.dtype | None) -> Tensor:
+        pending = self.take_pending(w)
+        if pending is not None:
+            strides = torch.empty_like(w, device="meta").stride()
+            shape, strides = (self.count, *w.shape), (w.numel(), *strides)
+            out = torch.empty_strided(shape, strides, dtype=dtype or w.dtype, device=w.device)
+            self._stage_into([out], [w], [head], pending)
+            return out
+        return perturbed_weights(
+            w,
+            self.key,
+            self.eps,
+            tensor=head.index,
+            noise=self.noise,
+            scale=head.scale,
+            dtype=dtype,
+            backend=self.backend,
+            **self._span,
+        )
+
+    def _stage_into(
+        self,
+        outs: list[Tensor],
+        params: list[Tensor],
+        heads: list[HeadParameter],
+        pending: dict[str, Any] | None,
+        first_row: int = 0,
+    ) -> None:
+        with torch.no_grad():
+            stage_(
+                outs,
+                params,
+                self.key,
+                self.eps,
+                tensors=[head.index for head in heads],
+                scales=[head.scale for head in heads],
+                first_row=first_row,
+                noise=self.noise,
+                backend=self.backend,
+                **self._span,
+                **(pending or {}),
+            )
+
+    def _stage_small(self, dtype: torch.dtype | None) -> None:
+        """Stage all small weights of this half, or of all halves, in one launch (two where only
+        some of them wait for an update)."""
+        groups: dict[bool, list[tuple[HeadParameter, Tensor]]] = {}
+        for head, p in self.small:
+            waits = self.deferred is not None and id(p) in self.deferred.left
+            groups.setdefault(waits, []).append((head, p))
+        for waits, members in groups.items():
+            heads, params = [head for head, _ in members], [p for _, p in members]
+            outs = _room(params, self.count, dtype)
+            pending = None
+            if waits:
+                taken = [self.take_pending(p) for p in params]
+                pending = {**(taken[0] or {})}
+                pending["groups"] = [t["groups"][0] for t in taken if t is not None]
+            self._stage_into(outs, params, heads, pending)
+            for p, out in zip(params, outs, strict=True):
+                self.ready[id(p), dtype] = out
+
+    def stage_rows(
+        self,
+        rows: Tensor,
+        head: HeadParameter,
+        first: int,
+        dtype: torch.dtype | None,
+        pending: dict[str, Any] | None,
+    ) -> Tensor:
+        """Halves of the rows of a weight from `first` on: `[count, rows, ...]`."""
+        self._consume(head)
+        shape = (self.count, *rows.shape)
+        out = torch.empty(shape, dtype=dtype or rows.dtype, device=rows.device)
+        self._stage_into([out], [rows], [head], pending, first)
+        return out
+
+    def note_fused(self, w: Tensor, head: HeadParameter, dtype: torch.dtype | None) -> None:
+        """A kernel is about to read `w` and to perturb it itself."""
+        self._consume(head)
+        if self.deferred is not None:
+            self._update_now([w])
+        if self.verify and head.scale != 0.0:
+            halves = perturbed_weights(
+                *(w, self.key, self.eps),
+                tensor=head.index,
+                noise=self.noise,
+                scale=head.scale,
+                dtype=dtype,
+                backend=self.backend,
+            )
+            _check_perturbed(w, halves, head, float(self.eps))
+
+    def take_pending(self, w: Tensor) -> dict[str, Any] | None:
+        """The update that `w` waits for, which the caller applies; None if there is none."""
+        return None if self.deferred is None else self.deferred.take(w)
+
+    def _update_now(self, params: list[Tensor]) -> None:
+        assert self.deferred is not None
+        self.deferred.apply(params, self.noise, self.backend)
+
     @contextmanager
     def only(self, half: int) -> Iterator[None]:
         """Run one half: everything called inside serves it alone."""
         before, tail_ran = self.half, self.tail_ran
         self.half = half
+        self.ready = {}
         try:
             yield
         finally:
             self.half = before
+            self.ready = {}
             if half + 1 < self.halves:  # the next half starts where this one did
                 self.tail_ran = tail_ran
 
@@ -137,6 +264,20 @@ class Pass:
         return self.calls[at]
 
 
+def _room(params: Sequence[Tensor], count: int, dtype: torch.dtype | None) -> list[Tensor]:
+    """Room for the halves of weights of one dtype, each in its memory format, in one memory."""
+    places, total = [], 0
+    for p in params:
+        places.append(total)
+        total += -(-count * p.numel() // ALIGN) * ALIGN
+    memory = torch.empty(total, dtype=dtype or params[0].dtype, device=params[0].device)
+    outs = []
+    for p, place in zip(params, places, strict=True):
+        strides = p.stride() if p.is_contiguous() else torch.empty_like(p, device="meta").stride()
+        outs.append(memory.as_strided((count, *p.shape), (p.numel(), *strides), place))
+    return outs
+
+
 def _check_perturbed(w: Tensor, halves: Tensor, head: HeadParameter, eps: float) -> None:
     """Refuse an eps that rounding to the compute dtype swallows."""
     if w.numel() and (halves[0] == w.detach().to(halves.dtype)).double().mean() > 0.5:
@@ -146,4 +287,4 @@ def _check_perturbed(w: Tensor, halves: Tensor, head: HeadParameter, eps: float)
         )
 
 
-__all__ = ["HeadParameter", "Pass"]
+__all__ = ["SMALL", "Follow", "HeadParameter", "Pass"]

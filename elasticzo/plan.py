@@ -17,8 +17,10 @@ from elasticzo.dropout import DROPOUTS
 from elasticzo.layers import BATCH_NORMS, PAIRED
 from elasticzo.passes import HeadParameter
 from zo_kernels._lib import WEIGHT_DTYPES
+from zo_kernels.paths import PATHS
 
-Kind = Literal["paired", "fallback", "dropout"]
+Kind = Literal["paired", "fallback", "dropout", "sequence"]
+FUSED = (nn.Linear, nn.Conv1d, nn.Conv2d)  # what has a fused kernel
 # Modules that read parameters of their children directly: the whole subtree is swapped.
 CLOSED = (nn.MultiheadAttention, nn.RNNBase)
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -30,10 +32,13 @@ class Layer:
 
     Attributes:
         kind: "paired" (one call serves all halves), "fallback" (runs once a half with its perturbed
-            parameters swapped in) or "dropout".
+            parameters swapped in), "dropout", or "sequence" (an nn.Sequential in which a layer's
+            kernel may do what follows it).
         head: the perturbed parameters of its own, by local name.
         swaps: for a fallback, (module, local name, parameter) of all that it swaps.
         index: for dropout, the stream of its masks.
+        path: for a paired layer, "auto", "fused" or "staged", as the user wants.
+        fusable: whether it has a fused kernel.
     """
 
     name: str
@@ -42,6 +47,8 @@ class Layer:
     head: dict[str, HeadParameter] = field(default_factory=dict)
     swaps: list[tuple[nn.Module, str, HeadParameter]] = field(default_factory=list)
     index: int = 0
+    path: str = "auto"
+    fusable: bool = False
 
 
 @dataclass
@@ -59,11 +66,17 @@ class Plan:
     sequence_first: list[str]
 
 
-def build_plan(model: nn.Module, cut: Cut, scale: Mapping[str, float] | None) -> Plan:
+def build_plan(
+    model: nn.Module,
+    cut: Cut,
+    scale: Mapping[str, float] | None,
+    path: str | Mapping[str, str] = "auto",
+) -> Plan:
     """Decide for every module how it serves the pair.
 
     Raises:
-        ValueError: a scale pattern that matches nothing, an Embedding that renormalises in place.
+        ValueError: a scale or path pattern that matches nothing, a fused path for a layer that has
+            none, an Embedding that renormalises in place.
         TypeError: a head parameter of an unsupported dtype.
     """
     parameters = _head_parameters(model, cut, scale or {})
@@ -99,7 +112,49 @@ def build_plan(model: nn.Module, cut: Cut, scale: Mapping[str, float] | None) ->
         elif own:
             swaps = [(module, local, head) for local, head in own.items()]
             plan.layers[name] = Layer(name, module, "fallback", swaps=swaps)
+        elif type(module).forward is nn.Sequential.forward:
+            plan.layers[name] = Layer(name, module, "sequence")
+    _choose_paths(plan, path)
     return plan
+
+
+def why_not_fused(layer: Layer) -> str | None:
+    """What keeps a layer from the fused path whatever its input, or None."""
+    m = layer.module
+    if type(m) not in FUSED:
+        return f"a {type(m).__name__} has no fused kernel"
+    if "weight" not in layer.head:
+        return "its weight is not perturbed"
+    if isinstance(m, (nn.Conv1d, nn.Conv2d)):
+        if m.groups != 1:
+            return f"it has {m.groups} groups"
+        if m.padding_mode != "zeros" or isinstance(m.padding, str):
+            return f"its padding is {m.padding!r} ({m.padding_mode})"
+    return None
+
+
+def _choose_paths(plan: Plan, path: str | Mapping[str, str]) -> None:
+    """Give every paired layer the path that the user wants for it."""
+    layers = {n: layer for n, layer in plan.layers.items() if layer.kind == "paired"}
+    for layer in layers.values():
+        layer.fusable = why_not_fused(layer) is None
+        layer.path = path if isinstance(path, str) else "auto"
+    if isinstance(path, str):
+        if path not in PATHS:
+            raise ValueError(f"path must be one of {PATHS} or {{name pattern: path}}, got {path!r}")
+        return
+    for pattern, wanted in path.items():
+        named = {n: layer for n, layer in layers.items() if fnmatch.fnmatchcase(n, pattern)}
+        if not named or wanted not in PATHS:
+            raise ValueError(
+                f"path needs {{name pattern: one of {PATHS}}} over paired layers "
+                f"({', '.join(layers) or 'there are none'}), got {pattern!r}: {wanted!r}"
+            )
+        for name, layer in named.items():
+            reason = why_not_fused(layer)
+            if wanted == "fused" and reason is not None:
+                raise ValueError(f"path 'fused' is not possible for {name!r}: {reason}")
+            layer.path = wanted
 
 
 def _head_parameters(

@@ -52,7 +52,7 @@ def first_pair(model: ElasticZO, args: Any, kwargs: Any) -> Any:
     model._moving = all_buffers(model.module)
     for _ in range(len(model._plan.parameters) * len(model._wrapped_modules) + 2):
         current = model._new_pass(True, model.halves)
-        current.raw = {id(p): name for name, p in model.named_head_parameters()}
+        current.raw = {id(p): name for name, p in model._head()}
         try:
             with ExitStack() as stack:
                 _watch_tail(stack, model.module, model.cut.tail_parameters, current)

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from elasticzo.check import check_stacked
 from elasticzo.cut import Tail, resolve_cut
+from elasticzo.deferred import Deferred
 from elasticzo.distributed import refuse_sharded, refuse_wrapped
 from elasticzo.engine import UsesGenerator, each_half, run_stacked, taken_over
 from elasticzo.losses import check_losses, select_source
-from elasticzo.passes import Pass
+from elasticzo.passes import SMALL, Pass
 from elasticzo.plan import build_plan
+from elasticzo.precision import parse_compute_dtype
 from elasticzo.state import BufferSnapshot, Slot, all_buffers
 from elasticzo.tail import gate_on, tail_optimizer
 from elasticzo.trees import (
@@ -29,8 +31,6 @@ from elasticzo.trees import (
 from elasticzo.verify import DRAWS, circumstances, first_pair
 from zo_kernels import BACKENDS, resolve_backend
 from zo_kernels._lib import MAX_QUERIES, NOISES
-
-COMPUTE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class ElasticZO(nn.Module):
@@ -51,10 +51,13 @@ class ElasticZO(nn.Module):
         pairing: "stacked" (the halves as one batch) or "sequential" (one after the other:
             inference's activation memory; for models that mix rows, or have no batch in front).
         backend: "auto", "triton", "numba" or "reference"; `self.backend` says which one runs.
-        compute_dtype: of matrix products and convolutions in the head; None is autocast's, or the
-            weight's own.
+        compute_dtype: of matrix products and convolutions in the head: a dtype, or "ieee", "tf32",
+            "tf32x3" for float32 ones; None is autocast's, or the weight's own.
         scale: {name pattern: s}: perturbs by `eps * s * z`; update and g use the same `s z`.
         memory_budget, example_input: of tail="auto".
+        path: how a layer of the head is perturbed: "fused" (its kernel makes `z`; where one
+            exists), "staged" (its halves are written first), "auto" (the faster one by
+            `zo_kernels.paths`), or {name pattern: path}.
     Shapes: inputs may be nested; tensors have the batch as dimension 0 or are declared `unbatched`.
     Raises: ValueError, TypeError that name what was expected and what came.
     Source: arXiv:2501.04287, abstract; Spall 1992 for the two-sided estimator.
@@ -70,13 +73,14 @@ class ElasticZO(nn.Module):
         seed: int = 0,
         pairing: str = "stacked",
         backend: str = "auto",
-        compute_dtype: torch.dtype | None = None,
+        compute_dtype: torch.dtype | str | None = None,
         scale: Mapping[str, float] | None = None,
         memory_budget: int | None = None,
         example_input: Any = None,
+        path: str | Mapping[str, str] = "auto",
     ) -> None:
         super().__init__()
-        _check_settings(model, tail, eps, noise, queries, seed, pairing, backend, compute_dtype)
+        _check_settings(model, tail, eps, noise, queries, seed, pairing, backend)
         if memory_budget is not None or example_input is not None:
             raise ValueError(
                 f"memory_budget and example_input belong to tail='auto', got tail={tail!r}"
@@ -86,13 +90,13 @@ class ElasticZO(nn.Module):
         self.noise = noise
         self.queries = queries
         self.pairing = pairing
-        self.compute_dtype = compute_dtype
+        self.compute_dtype, self.precision = parse_compute_dtype(compute_dtype)
         self._wanted_backend = backend
         for p in model.parameters():
             if getattr(p, "_elasticzo_head", False):  # frozen by a wrapper before, not by the user
                 p.requires_grad_(True)
         self.cut = resolve_cut(model, tail)
-        self._plan = build_plan(model, self.cut, scale)
+        self._plan = build_plan(model, self.cut, scale, path)
         if pairing == "stacked" and self._plan.sequence_first and not self.cut.everything:
             raise ValueError(
                 "pairing='stacked' needs the batch as dimension 0, but these modules have "
@@ -121,6 +125,7 @@ class ElasticZO(nn.Module):
         self._moving: list[Slot] = []
         self._before: BufferSnapshot | None = None  # buffers as the last step left them
         self._seen: list[tuple[int, int]] = []  # head parameters as the last forward read them
+        self._deferred: Deferred | None = None  # an update that waits for the next forward
 
     # ---- what it is
 
@@ -155,11 +160,16 @@ class ElasticZO(nn.Module):
         """Steps done, skipped ones included. Reads the device."""
         return int(self._key[1])
 
-    def named_head_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+    def _head(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, module, local in self._plan.slots:
             p = module._parameters[local]
             assert p is not None
             yield name, p
+
+    def named_head_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The head by name, as the last step left it."""
+        self.flush()
+        return self._head()
 
     def head_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters that zeroth-order optimisation trains."""
@@ -186,6 +196,7 @@ class ElasticZO(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """`train()`: `[2Q, B, ...]` of the perturbed halves; `eval()`: the model's own output."""
         if not self.training:
+            self.flush()
             return self.module(*strip(args), **strip(kwargs))
         if torch.compiler.is_compiling():
             self._compiled = True
@@ -199,6 +210,7 @@ class ElasticZO(nn.Module):
         learn from it (`pair_losses(...).mean().backward()`)."""
         if not self.training:
             raise RuntimeError("clean_forward is for train(); in eval() call the model itself")
+        self.flush()
         buffers = BufferSnapshot(all_buffers(self.module))
         output = self._run(self._new_pass(False, halves=1, perturb=False), args, kwargs)
         buffers.restore()  # statistics move with the pair, once a micro-batch
@@ -206,6 +218,7 @@ class ElasticZO(nn.Module):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _first_pair(self, args: Any, kwargs: Any) -> Any:
+        self.flush()
         output = first_pair(self, args, kwargs)
         self._verified = circumstances(self)
         self._micro_batches += 1
@@ -217,6 +230,7 @@ class ElasticZO(nn.Module):
             self._before = BufferSnapshot(self._moving)
         try:
             output = self._run(self._new_pass(False, self.halves), args, kwargs)
+            self.flush()  # what this forward did not read
         except UsesGenerator:
             self._mixes_generator = True
             self._before.restore()
@@ -225,10 +239,15 @@ class ElasticZO(nn.Module):
         return output
 
     def _new_pass(self, verify: bool, halves: int, perturb: bool = True) -> Pass:
-        self._seen = []
-        for name, p in self.named_head_parameters():
+        self._seen, small = [], []
+        for name, p in self._head():
             refuse_sharded(name, p)
             self._seen.append((id(p), p.data_ptr()))
+            head = self._plan.parameters[name]
+            if p.numel() <= SMALL and head.scale != 0.0 and head.still_row is None:
+                small.append((head, p))
+        if len({p.dtype for _, p in small}) > 1:
+            small = []
         return Pass(
             self._key,
             self._eps,
@@ -238,12 +257,16 @@ class ElasticZO(nn.Module):
             self._micro_batches,
             perturb=perturb and not self.cut.everything,
             verify=verify,
+            wanted=self.compute_dtype,
+            precision=self.precision,
+            small=small,
+            deferred=self._deferred,
         )
 
     def _run(self, current: Pass, args: Any, kwargs: Any) -> Any:
         n = current.halves
         sequential = self.effective_pairing == "sequential" or n == 1
-        settings = (self._moving, self.compute_dtype, self._compiled)
+        settings = (self._moving, self._compiled)
         with taken_over(self.module, self._plan, current, *settings):
             if not sequential:
                 stacked, current.unbatched, current.batched = stack_inputs((args, kwargs), n)
@@ -260,7 +283,13 @@ class ElasticZO(nn.Module):
         Both run at a large temporary eps; weights, buffers and generators are as before afterwards.
         Raises: ValueError that names the first module whose outputs differ.
         """
+        self.flush()
         check_stacked(self, args, kwargs)
+
+    def flush(self) -> None:
+        """Apply an update that waits for the next forward (`ZOSGD(defer=True)`); else nothing."""
+        if self._deferred is not None:
+            self._deferred.finish(self.noise, self.backend)
 
     # ---- losses and the tail
 
@@ -302,16 +331,28 @@ class ElasticZO(nn.Module):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The state of the wrapped model, under its own keys."""
+        self.flush()
         return self.module.state_dict(*args, **kwargs)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
+        self.flush()
         self._micro_batches = 0  # a forward before this belongs to other weights
         self._before = None
         return self.module.load_state_dict(state_dict, strict=strict, assign=assign)
 
+    def train(self, mode: bool = True) -> ElasticZO:
+        if not mode:
+            self.flush()
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.flush()
+        return {**self.__dict__, "_deferred": None}
+
     def _apply(self, fn: Any, recurse: bool = True) -> ElasticZO:
+        self.flush()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # `fn` may change a floating dtype: only the device is taken from it.
         device = fn(self._key).device
@@ -337,7 +378,6 @@ def _check_settings(
     seed: int,
     pairing: str,
     backend: str,
-    compute_dtype: torch.dtype | None,
 ) -> None:
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise TypeError(f"model must be an nn.Module in Python, got {type(model).__name__}")
@@ -358,8 +398,6 @@ def _check_settings(
         raise ValueError(f"pairing must be 'stacked' or 'sequential', got {pairing!r}")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
-    if compute_dtype is not None and compute_dtype not in COMPUTE_DTYPES:
-        raise ValueError(f"compute_dtype must be one of {COMPUTE_DTYPES}, got {compute_dtype}")
 
 
 __all__ = ["ElasticZO"]

@@ -16,6 +16,7 @@ from zo_kernels.paired_linear import paired_linear
 from zo_kernels.perturb import perturb_
 from zo_kernels.perturbed_weights import perturbed_weights
 from zo_kernels.sample import sample
+from zo_kernels.stage import stage_
 from zo_kernels.update import update_
 
 __all__ = [
@@ -32,5 +33,6 @@ __all__ = [
     "perturbed_weights",
     "resolve_backend",
     "sample",
+    "stage_",
     "update_",
 ]

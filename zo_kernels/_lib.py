@@ -143,7 +143,7 @@ def check_in_place(name: str, w: Tensor) -> None:
         raise RuntimeError(
             f"{name} is changed in place and requires grad: call under torch.no_grad()"
         )
-    if any(s == 0 and n > 1 for n, s in zip(w.shape, w.stride(), strict=True)):
+    if w.numel() and any(s == 0 and n > 1 for n, s in zip(w.shape, w.stride(), strict=True)):
         raise ValueError(
             f"{name} is changed in place and must not be expanded, got shape {list(w.shape)} "
             f"with strides {list(w.stride())}"

@@ -1,4 +1,4 @@
-"""`w = clip(w - shift(sum_q g_q z_q))` for all int8 head parameters, in place.
+"""`w = clip(w - shift(sum_q g_q z_q))` for all int8 head parameters, one launch.
 
 `g_q` in {-1, 0, 1} are the signs of the projected gradient; the shift `max(0, bits(Q r_max) -
 b_zo)` is a constant of the launch. Exponents of weights do not move. Traffic: one read and one
@@ -15,9 +15,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from zo_kernels import _table
 from zo_kernels._int8 import ROUNDINGS, check_rounding, check_sparse, sparse_constants, update_shift
 from zo_kernels._integer import STOCHASTIC, clip, round_shift, rounding_words, sparse_noise
-from zo_kernels._layout import PER_CALL, check_groups, groups_per_row, layout_of
+from zo_kernels._layout import PER_CALL, check_groups, layout_of
 from zo_kernels._lib import (
     check_in_place,
     check_key,
@@ -26,94 +27,98 @@ from zo_kernels._lib import (
     resolve_backend,
     twin,
 )
-from zo_kernels._triton import jit, tl, triton
-from zo_kernels.perturbed_weights import element_offset
+from zo_kernels._table import FIELDS, row_offset, source_row
+from zo_kernels._triton import jit, tl
 
-BLOCK = 2048  # 16 elements a thread: accesses of 16 bytes, two Philox calls a query
-WARPS = 4
-INT32_MAX = 2**31 - 1
-PER = PER_CALL["sparse_int8"]
+WARPS = 2  # 16 elements a thread: accesses of 16 bytes, two Philox calls a query
 
 
-@jit(do_not_specialize=["queries", "tensor", "p0", "magic", "shift", "r_max", "s"])
-def _int8_update_kernel(
-    w_ptr,
-    key_ptr,
+@jit
+def _sum_of_noise(
     g_ptr,
+    key_ptr,
     queries,
+    pid,
     tensor,
     p0,
     magic,
     shift,
     r_max,
-    s,
-    elements,  # padded: groups * 8
-    cols,
-    padded_cols,
-    inner,
-    s_row,
-    s_outer,
-    s_inner,
-    ROUNDING: tl.constexpr,
     PER: tl.constexpr,
-    FLAT: tl.constexpr,
-    INT64: tl.constexpr,
-    BLOCK: tl.constexpr,
+    N: tl.constexpr,
 ):
-    pid = tl.program_id(0)
-    if INT64:
-        pid = pid.to(tl.int64)
-    o_group = pid * (BLOCK // PER) + tl.arange(0, BLOCK // PER)
-    b_total = tl.zeros([BLOCK], dtype=tl.int32)
+    """`sum_q g_q z_q` [N] int32 of a block."""
+    o_group = pid * (N // PER) + tl.arange(0, N // PER)
+    b_total = tl.zeros([N], dtype=tl.int32)
     for q in range(queries):
         b_z = sparse_noise(key_ptr, o_group, tensor, q, p0, magic, shift, r_max)
         b_total += tl.load(g_ptr + q) * b_z
-    b_words = 0
+    return b_total
+
+
+@jit
+def _shifted(
+    b_total,
+    s,
+    key_ptr,
+    pid,
+    cols,
+    padded_cols,
+    tensor,
+    FOUR: tl.constexpr,
+    ROUNDING: tl.constexpr,
+):
+    """The sums [N], shifted right and rounded."""
     if ROUNDING == STOCHASTIC:
-        b_words = rounding_words(key_ptr, pid, cols, padded_cols, tensor, 0, FLAT, BLOCK)
-    b_total = round_shift(b_total, tl.cast(s, tl.uint32), b_words, ROUNDING)
+        N: tl.constexpr = b_total.shape[0]
+        b_words = rounding_words(key_ptr, pid, cols, padded_cols, tensor, 0, FOUR, N)
+        return round_shift(b_total, tl.cast(s, tl.uint32), b_words, ROUNDING)
+    else:
+        return round_shift(b_total, tl.cast(s, tl.uint32), 0, ROUNDING)
+
+
+@jit(do_not_specialize=["queries", "p0", "magic", "shift", "r_max", "s"])
+def _int8_update_kernel(
+    table_ptr,  # [T, FIELDS] int64
+    block_ptr,  # [programs] int32: the tensor of each program
+    key_ptr,
+    g_ptr,
+    queries,
+    p0,
+    magic,
+    shift,
+    r_max,
+    s,
+    ROUNDING: tl.constexpr,
+    PER: tl.constexpr,
+    INT64: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    t = tl.load(block_ptr + tl.program_id(0))
+    p_row = table_ptr + t * FIELDS
+    w_ptr = tl.load(p_row).to(tl.pointer_type(tl.int8))
+    pid, elements, cols, padded_cols, _ = source_row(table_ptr, t, INT64)
+    tensor = tl.load(p_row + 9)
+    # fmt: off
+    b_total = _sum_of_noise(g_ptr, key_ptr, queries, pid, tensor, p0, magic, shift, r_max,
+                            PER, BLOCK)
+    # fmt: on
     o_e = pid * BLOCK + tl.arange(0, BLOCK)
-    if FLAT:
-        o_w = o_e
-        m_e = o_e < elements
+    if tl.load(p_row + 11) != 0:
+        # 16-byte accesses: pointer and length of a flat tensor are multiples of 16.
+        m_e = o_e < tl.multiple_of(elements, 16)
+        p_w = tl.multiple_of(w_ptr, 16) + o_e
+        b_shift = _shifted(b_total, s, key_ptr, pid, cols, padded_cols, tensor, True, ROUNDING)
+        b_w = tl.load(p_w, mask=m_e, other=0).to(tl.int32)
+        tl.store(p_w, clip(b_w - b_shift).to(tl.int8), mask=m_e)
     else:
         o_row = o_e // padded_cols
         o_col = o_e % padded_cols
         m_e = (o_e < elements) & (o_col < cols)
-        o_w = element_offset(o_row, o_col, inner, s_row, s_outer, s_inner)
-    b_w = tl.load(w_ptr + o_w, mask=m_e, other=0).to(tl.int32)
-    tl.store(w_ptr + o_w, clip(b_w - b_total).to(tl.int8), mask=m_e)
-
-
-def _launch(
-    w: Tensor,
-    key: Tensor,
-    g: Tensor,
-    tensor: int,
-    p_zero: float,
-    r_max: int,
-    b_zo: int,
-    rounding: str,
-) -> None:
-    """Launch over a weight whose layout a kernel can walk."""
-    layout = layout_of(w)
-    assert layout is not None
-    per_row = groups_per_row(layout.cols, "sparse_int8")
-    padded = layout.rows * per_row * PER
-    flat = layout.flat and (layout.cols % PER == 0 or layout.rows == 1)
-    _int8_update_kernel[(triton.cdiv(padded, BLOCK),)](
-        *(w, key, g, g.numel(), tensor, *sparse_constants(p_zero, r_max), r_max),
-        update_shift(g.numel(), r_max, b_zo),
-        *(w.numel() if flat else padded, layout.cols, per_row * PER, layout.inner),
-        *(layout.s_row, layout.s_outer, layout.s_inner),
-        ROUNDING=ROUNDINGS[rounding],
-        PER=PER,
-        FLAT=flat,
-        INT64=max(padded, layout.extent) + BLOCK > INT32_MAX,
-        BLOCK=BLOCK,
-        num_warps=WARPS,
-        enable_fp_fusion=True,
-    )
+        p_w = w_ptr + row_offset(table_ptr, t, o_row, o_col, 6, INT64)
+        b_shift = _shifted(b_total, s, key_ptr, pid, cols, padded_cols, tensor, False, ROUNDING)
+        b_w = tl.load(p_w, mask=m_e, other=0).to(tl.int32)
+        tl.store(p_w, clip(b_w - b_shift).to(tl.int8), mask=m_e)
 
 
 def _launch_int8_update_(
@@ -126,13 +131,27 @@ def _launch_int8_update_(
     b_zo: int,
     rounding: str,
 ) -> None:
-    """One launch a tensor; a weight no kernel can walk in a contiguous copy."""
-    for w, tensor in zip(params, tensors, strict=True):
-        if w.numel() == 0:
-            continue
-        target = w if layout_of(w) is not None else w.contiguous()
-        _launch(target, key, g, tensor, p_zero, r_max, b_zo, rounding)
-        if target is not w:
+    """One launch for all weights; those that no kernel can walk in contiguous copies."""
+    present = [i for i, w in enumerate(params) if w.numel()]
+    if not present:
+        return
+    of = [params[i] for i in present]
+    targets = [w if layout_of(w) is not None else w.contiguous() for w in of]
+    zeros, ones = [0] * len(of), [1.0] * len(of)
+    indices = [tensors[i] for i in present]
+    table = _table.table_of(targets, indices, zeros, ones, "sparse_int8")
+    _int8_update_kernel[(table.blocks.numel(),)](
+        *(table.fields, table.blocks, key, g, g.numel()),
+        *(*sparse_constants(p_zero, r_max), r_max, update_shift(g.numel(), r_max, b_zo)),
+        ROUNDING=ROUNDINGS[rounding],
+        PER=PER_CALL["sparse_int8"],
+        INT64=table.int64,
+        BLOCK=_table.BLOCK,
+        num_warps=WARPS,
+        enable_fp_fusion=True,
+    )
+    for w, target in zip(of, targets, strict=True):
+        if w is not target:
             w.copy_(target)
 
 

@@ -11,14 +11,13 @@ below half a bf16 step, and rounding to nearest would lose it.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from zo_kernels._layout import PER_CALL, check_groups, groups_per_row, layout_of
+from zo_kernels import _table
+from zo_kernels._layout import PER_CALL, check_groups, layout_of
 from zo_kernels._lib import (
     WEIGHT_DTYPES,
     check_in_place,
@@ -30,19 +29,16 @@ from zo_kernels._lib import (
     resolve_backend,
     twin,
 )
+from zo_kernels._table import FIELDS, row_offset, source_row
 from zo_kernels._triton import jit, tl
 from zo_kernels.noise import KIND, float_noise, interleave4, words
-from zo_kernels.perturbed_weights import INT32_MAX, element_offset
 
-BLOCK = 1024
 WARPS = 4
-FIELDS = tl.constexpr(12)
 ROUNDING = tl.constexpr(1 << 24)
-MAX_TABLES = 16
 
 
 @jit
-def _round_to_bf16(b_x, b_words):
+def round_to_bf16(b_x, b_words):
     """Add 16 uniform bits to what bf16 drops and truncate; infinities and NaN stay."""
     b_bits = b_x.to(tl.uint32, bitcast=True)
     finite = (b_bits & 0x7F800000) != 0x7F800000
@@ -51,19 +47,56 @@ def _round_to_bf16(b_x, b_words):
 
 
 @jit
-def _rounding_words(key_ptr, pid, tensor, cols, padded_cols, INT64: tl.constexpr, N: tl.constexpr):
+def rounding_words(key_ptr, pid, tensor, cols, padded_cols, first_row, N: tl.constexpr):
     """Words [N] for the elements of a block: 4 to a call, as for normals."""
     o_e = pid * N + tl.arange(0, N // 4) * 4
-    o_group = (o_e // padded_cols) * ((cols + 3) // 4) + (o_e % padded_cols) // 4
+    o_row = first_row + o_e // padded_cols
+    o_group = o_row * ((cols + 3) // 4) + (o_e % padded_cols) // 4
     w0, w1, w2, w3 = words(key_ptr, o_group, tensor, ROUNDING)
     return interleave4(w0, w1, w2, w3)
+
+
+@jit
+def updated(
+    b_w,  # [BLOCK] WIDE
+    key_ptr,
+    coeff_ptr,
+    queries,
+    lr,
+    decay,
+    scale,
+    pid,
+    tensor,
+    cols,
+    padded_cols,
+    first_row,
+    DTYPE: tl.constexpr,
+    WIDE: tl.constexpr,
+    NOISE: tl.constexpr,
+    PER: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """`w - lr * (scale * sum_q coeff_q z_q + decay * w)` of a block, in the dtype of the weight."""
+    o_group = pid * (BLOCK // PER) + tl.arange(0, BLOCK // PER)
+    o_group += first_row * (padded_cols // PER)
+    b_total = tl.zeros([BLOCK], dtype=WIDE)
+    for q in range(queries):
+        coeff = tl.load(coeff_ptr + q).to(WIDE)
+        b_total += coeff * float_noise(key_ptr, o_group, tensor, q, NOISE).to(WIDE)
+    b_total *= scale.to(WIDE)
+    b_new = b_w - lr.to(WIDE) * (b_total + decay.to(WIDE) * b_w)
+    if DTYPE == tl.bfloat16:  # noqa: SIM300
+        b_words = rounding_words(key_ptr, pid, tensor, cols, padded_cols, first_row, BLOCK)
+        return round_to_bf16(b_new, b_words)
+    else:
+        return b_new.to(DTYPE)
 
 
 @jit(do_not_specialize=["queries"])
 def _update_kernel(
     table_ptr,  # [T, FIELDS] int64
     scale_ptr,  # [T] fp64
-    block_ptr,  # [blocks] int32: the tensor of each program
+    block_ptr,  # [programs] int32: the tensor of each program
     key_ptr,
     coeff_ptr,
     lr_ptr,
@@ -81,122 +114,35 @@ def _update_kernel(
         t = tl.load(block_ptr + tl.program_id(0))
         p_row = table_ptr + t * FIELDS
         w_ptr = tl.load(p_row).to(tl.pointer_type(DTYPE))
-        pid = tl.program_id(0) - tl.load(p_row + 1)
-        elements = tl.load(p_row + 2)
-        cols = tl.load(p_row + 3)
-        padded_cols = tl.load(p_row + 4)
-        inner = tl.load(p_row + 5)
-        s_row = tl.load(p_row + 6)
-        s_outer = tl.load(p_row + 7)
-        s_inner = tl.load(p_row + 8)
+        pid, elements, cols, padded_cols, first_row = source_row(table_ptr, t, INT64)
         tensor = tl.load(p_row + 9)
         group = tl.load(p_row + 10)
         flat = tl.load(p_row + 11)
-        if not INT64:
-            pid = pid.to(tl.int32)
-            elements = elements.to(tl.int32)
-            cols = cols.to(tl.int32)
-            padded_cols = padded_cols.to(tl.int32)
-            inner = inner.to(tl.int32)
-            s_row = s_row.to(tl.int32)
-            s_outer = s_outer.to(tl.int32)
-            s_inner = s_inner.to(tl.int32)
-        o_group = pid * (BLOCK // PER) + tl.arange(0, BLOCK // PER)
-        b_total = tl.zeros([BLOCK], dtype=WIDE)
-        for q in range(queries):
-            coeff = tl.load(coeff_ptr + q).to(WIDE)
-            b_total += coeff * float_noise(key_ptr, o_group, tensor, q, NOISE).to(WIDE)
-        b_total *= tl.load(scale_ptr + t).to(WIDE)
-        lr = tl.load(lr_ptr + group).to(WIDE)
-        decay = tl.load(decay_ptr + group).to(WIDE)
+        scale = tl.load(scale_ptr + t)
+        lr = tl.load(lr_ptr + group)
+        decay = tl.load(decay_ptr + group)
         o_e = pid * BLOCK + tl.arange(0, BLOCK)
         if flat != 0:
             # 16-byte accesses: pointer and length of a flat tensor are multiples of 16.
             m_e = o_e < tl.multiple_of(elements, 16)
             p_w = tl.multiple_of(w_ptr, 16) + o_e
             b_w = tl.load(p_w, mask=m_e, other=0.0).to(WIDE)
-            b_new = b_w - lr * (b_total + decay * b_w)
-            if DTYPE == tl.bfloat16:  # noqa: SIM300
-                b_words = _rounding_words(key_ptr, pid, tensor, cols, padded_cols, INT64, BLOCK)
-                tl.store(p_w, _round_to_bf16(b_new, b_words), mask=m_e)
-            else:
-                tl.store(p_w, b_new, mask=m_e)
+            # fmt: off
+            b_new = updated(b_w, key_ptr, coeff_ptr, queries, lr, decay, scale, pid, tensor,
+                            cols, padded_cols, first_row, DTYPE, WIDE, NOISE, PER, BLOCK)
+            # fmt: on
+            tl.store(p_w, b_new, mask=m_e)
         else:
             o_row = o_e // padded_cols
             o_col = o_e % padded_cols
             m_e = (o_e < elements) & (o_col < cols)
-            p_w = w_ptr + element_offset(o_row, o_col, inner, s_row, s_outer, s_inner)
+            p_w = w_ptr + row_offset(table_ptr, t, o_row, o_col, 6, INT64)
             b_w = tl.load(p_w, mask=m_e, other=0.0).to(WIDE)
-            b_new = b_w - lr * (b_total + decay * b_w)
-            if DTYPE == tl.bfloat16:  # noqa: SIM300
-                b_words = _rounding_words(key_ptr, pid, tensor, cols, padded_cols, INT64, BLOCK)
-                tl.store(p_w, _round_to_bf16(b_new, b_words), mask=m_e)
-            else:
-                tl.store(p_w, b_new, mask=m_e)
-
-
-@dataclass(frozen=True)
-class _Table:
-    """What the launch of one dtype needs on the device."""
-
-    fields: Tensor
-    scales: Tensor
-    blocks: Tensor
-    int64: bool
-
-
-def _build_table(
-    params: Sequence[Tensor],
-    tensors: Sequence[int],
-    groups: Sequence[int],
-    scales: Sequence[float],
-    noise: str,
-) -> _Table:
-    per = PER_CALL[noise]
-    rows, owners, first, largest = [], [], 0, 0
-    for t, (w, tensor, group) in enumerate(zip(params, tensors, groups, strict=True)):
-        layout = layout_of(w)
-        assert layout is not None
-        padded_cols = groups_per_row(layout.cols, noise) * per
-        padded = layout.rows * padded_cols
-        aligned = w.data_ptr() % 16 == 0 and w.numel() % 16 == 0
-        flat = aligned and layout.flat and (layout.cols % per == 0 or layout.rows == 1)
-        elements = w.numel() if flat else padded
-        blocks = -(-padded // BLOCK)
-        where = [w.data_ptr(), first, elements, layout.cols, padded_cols, layout.inner]
-        strides = [layout.s_row, layout.s_outer, layout.s_inner]
-        rows.append([*where, *strides, tensor, group, int(flat)])
-        owners += [t] * blocks
-        first += blocks
-        largest = max(largest, padded, layout.extent)
-    device = params[0].device
-    return _Table(
-        torch.tensor(rows, dtype=torch.int64, device=device),
-        torch.tensor(scales, dtype=torch.float64, device=device),
-        torch.tensor(owners, dtype=torch.int32, device=device),
-        largest + BLOCK > INT32_MAX,
-    )
-
-
-_TABLES: OrderedDict[tuple[object, ...], _Table] = OrderedDict()
-
-
-def _table(
-    params: Sequence[Tensor],
-    tensors: Sequence[int],
-    groups: Sequence[int],
-    scales: Sequence[float],
-    noise: str,
-) -> _Table:
-    """The table of these very parameters, made again when one of them moved."""
-    where = tuple((w.data_ptr(), w.shape, w.stride(), w.dtype) for w in params)
-    signature = (where, tuple(tensors), tuple(groups), tuple(scales), noise, params[0].device)
-    if signature not in _TABLES:
-        _TABLES[signature] = _build_table(params, tensors, groups, scales, noise)
-        if len(_TABLES) > MAX_TABLES:
-            _TABLES.popitem(last=False)
-    _TABLES.move_to_end(signature)
-    return _TABLES[signature]
+            # fmt: off
+            b_new = updated(b_w, key_ptr, coeff_ptr, queries, lr, decay, scale, pid, tensor,
+                            cols, padded_cols, first_row, DTYPE, WIDE, NOISE, PER, BLOCK)
+            # fmt: on
+            tl.store(p_w, b_new, mask=m_e)
 
 
 TRITON_DTYPES = {
@@ -225,7 +171,7 @@ def _launch_update_(
         of_dtype = [i for i, w in enumerate(params) if w.dtype == dtype and w.numel()]
         if not of_dtype:
             continue
-        table = _table(
+        table = _table.table_of(
             [targets[i] for i in of_dtype],
             [tensors[i] for i in of_dtype],
             [groups[i] for i in of_dtype],
@@ -247,7 +193,7 @@ def _launch_update_(
             NOISE=KIND[noise],
             PER=PER_CALL[noise],
             INT64=table.int64,
-            BLOCK=BLOCK,
+            BLOCK=_table.BLOCK,
             num_warps=WARPS,
             enable_fp_fusion=True,
         )
@@ -353,4 +299,4 @@ def update_(
             torch.autograd.graph.increment_version(w)
 
 
-__all__ = ["update_"]
+__all__ = ["round_to_bf16", "update_", "updated"]

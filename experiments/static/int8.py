@@ -80,22 +80,20 @@ def int8_perturbed_weights(flat: bool, int64: bool = False) -> Config:
     )
 
 
-def int8_update(rounding: str, flat: bool, int64: bool = False) -> Config:
+def int8_update(rounding: str, int64: bool = False) -> Config:
     module = _module("int8_update")
-    pointers = {"w_ptr": "*i8", "key_ptr": "*i64", "g_ptr": "*i32"}
-    integers = f"queries tensor p0 magic shift r_max s elements cols padded_cols {WALK}"
+    pointers = {"table_ptr": "*i64", "block_ptr": "*i32", "key_ptr": "*i64", "g_ptr": "*i32"}
     return Config(
-        f"int8_update-sparse_int8-{rounding}-{_suffix(flat, int64)}",
+        f"int8_update-sparse_int8-{rounding}{'-int64' if int64 else ''}",
         module._int8_update_kernel,
-        pointers | _integers(integers),
+        pointers | _integers("queries p0 magic shift r_max s"),
         {
             "ROUNDING": ROUNDINGS[rounding],
             "PER": PER,
-            "FLAT": flat,
             "INT64": int64,
-            "BLOCK": module.BLOCK,
+            "BLOCK": _module("_table").BLOCK,
         },
-        (*pointers, "elements") if flat else tuple(pointers),
+        tuple(pointers),
         module.WARPS,
         problem={"elements": 1 << 24, "queries": 1},
     )
@@ -159,8 +157,8 @@ def configs(target: str) -> Iterator[Config]:
     yield int8_requantize("nearest", flat=True)
     yield int8_requantize("stochastic", flat=False)
     yield int8_perturbed_weights(flat=True)
-    yield int8_update("nearest", flat=True)
-    yield int8_update("stochastic", flat=False)
+    yield int8_update("nearest")
+    yield int8_update("stochastic")
     yield integer_cross_entropy(10)
     yield integer_softmax_error(10, "stochastic")
     if target == "cuda-90":
@@ -170,8 +168,8 @@ def configs(target: str) -> Iterator[Config]:
         yield int8_requantize("stochastic", flat=True, int64=True)
         yield int8_perturbed_weights(flat=False)
         yield int8_perturbed_weights(flat=False, int64=True)
-        yield int8_update("pseudo", flat=True)
-        yield int8_update("stochastic", flat=True, int64=True)
+        yield int8_update("pseudo")
+        yield int8_update("stochastic", int64=True)
         yield integer_cross_entropy(10, fraction_bits=0)
         yield integer_cross_entropy(1000, fraction_bits=16, int64=True)
         yield integer_softmax_error(1000, "nearest")

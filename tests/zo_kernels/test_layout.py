@@ -114,7 +114,7 @@ def test_gaps_count_in_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
     key, eps = meta(2, dtype=torch.int64), meta(dtype=torch.float64)
     module._launch(w, meta(2, 4, 8), key, eps, 0, 0, 2, "normal", 1.0)
     assert kernel.kwargs["INT64"] is True
-    table = import_module("zo_kernels.update")._build_table([w], [0], [0], [1.0], "normal")
+    table = import_module("zo_kernels._table").build_table([w], [0], [0], [1.0], "normal")
     assert table.int64
 
 
@@ -126,10 +126,10 @@ def test_update_knows_when_offsets_need_64_bits(
     elements: int, wide: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The host lists the blocks of a table: here few but large ones."""
-    module = import_module("zo_kernels.update")
+    module = import_module("zo_kernels._table")
     monkeypatch.setattr(module, "BLOCK", 2**20)
     params = [meta(5), meta(elements)]
-    assert module._build_table(params, [0, 1], [0, 0], [1.0, 1.0], "normal").int64 is wide
+    assert module.build_table(params, [0, 1], [0, 0], [1.0, 1.0], "normal").int64 is wide
 
 
 @needs_triton

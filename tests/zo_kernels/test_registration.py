@@ -16,7 +16,7 @@ import zo_kernels
 from tests.zo_kernels._weights import FEW, f64
 from zo_kernels import perturb_, perturbed_weights, sample, update_
 
-OPS = ("sample", "perturbed_weights", "perturb_", "update_")
+OPS = ("sample", "perturbed_weights", "perturb_", "stage_", "update_")
 
 
 def scalars(device: Any) -> tuple[Tensor, Tensor]:

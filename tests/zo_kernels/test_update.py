@@ -191,8 +191,8 @@ def test_no_parameters(backend: str, device: Any) -> None:
 
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """zo_kernels.update with an empty cache of tables."""
-    module = import_module("zo_kernels.update")
+    """zo_kernels._table with an empty cache."""
+    module = import_module("zo_kernels._table")
     monkeypatch.setattr(module, "_TABLES", OrderedDict())
     return module
 
@@ -219,7 +219,8 @@ def test_launch_does_not_show(
 
 
 @needs_triton
-def test_one_launch_a_dtype(device: Any, module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_launch_a_dtype(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = import_module("zo_kernels.update")
     kernel, launches = module._update_kernel, []
 
     class Counted:

@@ -21,7 +21,7 @@ from tests.zo_kernels._weights import IN_PLACE, bits, f64, same_bits
 from zo_kernels import update_
 from zo_kernels._triton import HAS_TRITON, interpreted, jit, tl
 from zo_kernels.reference.update import round_stochastically
-from zo_kernels.update import _round_to_bf16
+from zo_kernels.update import round_to_bf16
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -61,7 +61,7 @@ def _round_kernel(x_ptr, word_ptr, out_ptr, n, BLOCK: tl.constexpr):
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     b_x = tl.load(x_ptr + o, mask=o < n, other=0.0)
     b_word = tl.load(word_ptr + o, mask=o < n, other=0).to(tl.uint32)
-    tl.store(out_ptr + o, _round_to_bf16(b_x, b_word), mask=o < n)
+    tl.store(out_ptr + o, round_to_bf16(b_x, b_word), mask=o < n)
 
 
 def triton_rounded(x: Tensor, words: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from zo_kernels.cpu.int8 import (
 )
 from zo_kernels.cpu.ops import perturb_, perturbed_weights, sample, update_
 from zo_kernels.cpu.paired_linear import paired_linear
+from zo_kernels.cpu.stage import stage_
 
 __all__ = [
     "int8_perturbed_weights",
@@ -24,5 +25,6 @@ __all__ = [
     "perturb_",
     "perturbed_weights",
     "sample",
+    "stage_",
     "update_",
 ]

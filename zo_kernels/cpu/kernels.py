@@ -154,10 +154,10 @@ def perturb_sweep(w, out, has_plus, has_minus, minus, amplitude, layout, noise, 
     """`out[i] = w[i] + a z` and `out[minus + i] = w[i] - a z`, whichever halves are wanted.
 
     `w` and `out` are flat views of memory, `minus` the distance between the halves;
-    layout = (cols, inner, s_row, s_outer, s_inner); noise = (kind, lanes, counter words c1, c2,
-    c3, the key's two words).
+    layout = (cols, inner, s_row, s_outer, s_inner, first row: where `w` is a slice of rows, its
+    first one); noise = (kind, lanes, counter words c1, c2, c3, the key's two words).
     """
-    cols, inner, s_row, s_outer, s_inner = layout
+    cols, inner, s_row, s_outer, s_inner, first_row = layout
     kind, lanes, w1, w2, w3, w4, w5 = noise
     c1, c2, c3 = np.uint32(w1), np.uint32(w2), np.uint32(w3)
     k0, k1 = np.uint32(w4), np.uint32(w5)
@@ -176,7 +176,9 @@ def perturb_sweep(w, out, has_plus, has_minus, minus, amplitude, layout, noise, 
             at = (g - g0) * lanes
             while col < stop:  # runs along the innermost dimension
                 run = min(inner - col % inner, stop - col)
-                base = row * s_row + (col // inner) * s_outer + (col % inner) * s_inner
+                base = (
+                    (row - first_row) * s_row + (col // inner) * s_outer + (col % inner) * s_inner
+                )
                 if s_inner == 1:
                     # Slices, indexed from 0: no wrap-around checks, so the loops vectorise.
                     w_run, z_run = w[base : base + run], z[at : at + run]
@@ -203,7 +205,7 @@ def perturb_sweep(w, out, has_plus, has_minus, minus, amplitude, layout, noise, 
 @njit(nogil=True, fastmath={"contract"}, cache=True)
 def update_sweep(w, coeff, scale, lr, decay, layout, noise, first, last):
     """`w -= lr * (scale * sum_q coeff_q z_q + decay * w)`: one read and one write of `w`."""
-    cols, inner, s_row, s_outer, s_inner = layout
+    cols, inner, s_row, s_outer, s_inner, first_row = layout
     kind, lanes, w1, w2, w3, w4, w5 = noise
     c1, c2, c3 = np.uint32(w1), np.uint32(w2), np.uint32(w3)
     k0, k1 = np.uint32(w4), np.uint32(w5)
@@ -237,7 +239,9 @@ def update_sweep(w, coeff, scale, lr, decay, layout, noise, first, last):
             at = (g - g0) * lanes
             while col < stop:
                 run = min(inner - col % inner, stop - col)
-                base = row * s_row + (col // inner) * s_outer + (col % inner) * s_inner
+                base = (
+                    (row - first_row) * s_row + (col // inner) * s_outer + (col % inner) * s_inner
+                )
                 if s_inner == 1:
                     w_run, total_run = w[base : base + run], total[at : at + run]
                     for i in range(run):
@@ -272,10 +276,32 @@ def update_all(table, scales, coeff, lr, decay, words):
     for t in range(table.shape[0]):
         row = table[t]
         w = carray(_pointer_to(row[0]), (row[1],), np.float32)
-        layout = (row[2], row[3], row[4], row[5], row[6])
+        layout = (row[2], row[3], row[4], row[5], row[6], 0)
         noise = (row[7], row[8], row[10], c2, c3, k0, k1)
         g = row[11]
         update_sweep(w, coeff, scales[t], lr[g], decay[g], layout, noise, 0, row[9])
+
+
+@njit(nogil=True, cache=True)
+def stage_all(table, scales, out, eps, start, stop, words):
+    """`perturb_sweep` over many weights in one call; a row of `table` as in `update_all`, but the
+    last field is the place of the weight's halves in `out`, which lie one behind the other."""
+    c2, c3, k0, k1 = words
+    for t in range(table.shape[0]):
+        row = table[t]
+        size = row[1]
+        w = carray(_pointer_to(row[0]), (size,), np.float32)
+        layout = (row[2], row[3], row[4], row[5], row[6], 0)
+        amplitude = eps * scales[t]
+        for query in range(start // 2, (stop + 1) // 2):
+            plus, minus = 2 * query >= start, 2 * query + 1 < stop
+            first = row[11]
+            if plus:
+                first += (2 * query - start) * size
+            noise = (row[7], row[8], row[10], c2, c3 + query, k0, k1)
+            distance = size if plus and minus else 0
+            halves = out[first:]
+            perturb_sweep(w, halves, plus, minus, distance, amplitude, layout, noise, 0, row[9])
 
 
 __all__ = [
@@ -286,6 +312,7 @@ __all__ = [
     "fill_float",
     "fill_int",
     "perturb_sweep",
+    "stage_all",
     "update_all",
     "update_sweep",
 ]

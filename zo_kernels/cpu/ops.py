@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -37,6 +37,7 @@ from zo_kernels.reference.sample import DTYPES
 from zo_kernels.reference.update import updated
 
 KINDS = {"normal": NORMAL, "rademacher": RADEMACHER}
+NOISES = {kind: noise for noise, kind in KINDS.items()}
 MASK = 0xFFFFFFFF
 PARALLEL_FROM = 1 << 19  # elements: below, a thread's hand-over costs more than it saves
 
@@ -55,7 +56,7 @@ class _Walk:
 
 
 @lru_cache(maxsize=4096)
-def _walk(shape: torch.Size, strides: tuple[int, ...], noise: str) -> _Walk | None:
+def walk_of(shape: torch.Size, strides: tuple[int, ...], noise: str) -> _Walk | None:
     """How to sweep a weight of this layout; None where no sweep can walk it."""
     w = torch.empty_strided(shape, strides, device="meta")
     layout = layout_of(w)
@@ -77,19 +78,22 @@ def _pool(workers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(workers, thread_name_prefix="zo_kernels")
 
 
-def _over_threads(sweep: Callable[..., None], args: tuple[Any, ...], walk: _Walk) -> None:
+def _over_threads(
+    sweep: Callable[..., None], args: tuple[Any, ...], walk: _Walk, first_row: int = 0
+) -> None:
     """Run `sweep(*args, first, last)` over all groups, in parts where there is enough work."""
     groups = walk.groups
+    first = first_row * groups_per_row(walk.layout[0], NOISES[walk.kind])
     workers = torch.get_num_threads() if groups * walk.lanes >= PARALLEL_FROM else 1
     if workers == 1:
-        sweep(*args, 0, groups)
+        sweep(*args, first, first + groups)
         return
-    bounds = [groups * i // workers for i in range(workers + 1)]
+    bounds = [first + groups * i // workers for i in range(workers + 1)]
     for job in [_pool(workers).submit(sweep, *args, a, b) for a, b in pairwise(bounds)]:
         job.result()
 
 
-def _words(key: Tensor, tensor: int, query: int, purpose: str = "noise") -> tuple[int, ...]:
+def counter_words(key: Tensor, tensor: int, query: int, purpose: str = "noise") -> tuple[int, ...]:
     """Counter words c1, c2, c3 and the two halves of the key."""
     seed, step = key.tolist()
     third = query + (PURPOSES[purpose] << 24)
@@ -112,17 +116,42 @@ def sample(
     p_zero: float = 0.0,
     r_max: int = 1,
 ) -> Tensor:
+    words = counter_words(key, tensor, query, purpose)
+    return _sample(shape, noise, 0, words, round(65536 * p_zero), r_max)
+
+
+def sample_rows(
+    shape: Sequence[int],
+    key: Tensor,
+    *,
+    tensor: int,
+    query: int = 0,
+    noise: str = "normal",
+    purpose: str = "noise",
+    first_row: int = 0,
+) -> Tensor:
+    """Noise of a slice of rows, `first_row` being the number of the first."""
+    return _sample(shape, noise, first_row, counter_words(key, tensor, query, purpose))
+
+
+def _sample(
+    shape: Sequence[int],
+    noise: str,
+    first_row: int,
+    words: tuple[int, ...],
+    p0: int = 0,
+    r_max: int = 1,
+) -> Tensor:
     rows, cols = rows_cols(shape)
     per_row = groups_per_row(cols, noise)
-    groups, lanes = rows * per_row, PER_CALL[noise]
-    words = _words(key, tensor, query, purpose)
+    first, groups, lanes = first_row * per_row, rows * per_row, PER_CALL[noise]
     if noise in KINDS:
         z = torch.empty(groups * lanes, dtype=torch.float32)
-        fill_float(z.numpy(), KINDS[noise], 0, groups, *words)
+        fill_float(z.numpy(), KINDS[noise], first, groups, *words)
     else:
         z = torch.empty(groups * lanes, dtype=torch.int64)
         kind = BITS if noise == "bits" else SPARSE
-        fill_int(z.numpy(), kind, 0, groups, round(65536 * p_zero), r_max, *words)
+        fill_int(z.numpy(), kind, first, groups, p0, r_max, *words)
     z = z.view(rows, per_row * lanes)[:, :cols]
     return to_shape(z.to(DTYPES[noise]), shape)
 
@@ -142,20 +171,20 @@ def perturbed_weights(
     count = stop - start
     if w.dtype != torch.float32 or dtype not in (None, torch.float32):
         return _from_noise(w, key, eps, tensor, start, stop, noise, scale, dtype)
-    walk = _walk(w.shape, w.stride(), noise)
+    walk = walk_of(w.shape, w.stride(), noise)
     if walk is None or not (walk.contiguous or walk.dense):
         # The same sweep over contiguous copies: the memory format does not show in the bits.
         halves = torch.empty((count, *w.shape))
-        walk = _walk(halves.shape[1:], halves.stride()[1:], noise)
+        walk = walk_of(halves.shape[1:], halves.stride()[1:], noise)
         assert walk is not None
-        _sweep_halves(halves, w.contiguous(), walk, key, eps, tensor, start, stop, scale)
+        sweep_halves(halves, w.contiguous(), walk, key, eps, tensor, start, stop, scale)
         return empty_halves(w, count, dtype).copy_(halves)
     out = torch.empty((count, *w.shape)) if walk.contiguous else empty_halves(w, count, dtype)
-    _sweep_halves(out, w, walk, key, eps, tensor, start, stop, scale)
+    sweep_halves(out, w, walk, key, eps, tensor, start, stop, scale)
     return out
 
 
-def _sweep_halves(
+def sweep_halves(
     out: Tensor,
     w: Tensor,
     walk: _Walk,
@@ -165,6 +194,7 @@ def _sweep_halves(
     start: int,
     stop: int,
     scale: float,
+    first_row: int = 0,
 ) -> None:
     """The fused sweep of an fp32 weight; each half of `out` lies as the weight does."""
     size = w.numel()
@@ -183,10 +213,10 @@ def _sweep_halves(
             minus,
             size if plus and minus else 0,
             amplitude,
-            walk.layout,
-            (walk.kind, walk.lanes, *_words(key, tensor, query)),
+            (*walk.layout, first_row),
+            (walk.kind, walk.lanes, *counter_words(key, tensor, query)),
         )
-        _over_threads(perturb_sweep, args, walk)
+        _over_threads(perturb_sweep, args, walk, first_row)
 
 
 def _from_noise(
@@ -224,48 +254,71 @@ def update_(
     scales: Sequence[float],
     noise: str = "normal",
 ) -> None:
+    update_rows_(
+        *(params, key, coeff, lr, weight_decay, skip),
+        *(tensors, groups, scales, noise, 0),
+    )
+
+
+def update_rows_(
+    params: Sequence[Tensor],
+    key: Tensor,
+    coeff: Tensor,
+    lr: Tensor,
+    weight_decay: Tensor,
+    skip: Tensor,
+    tensors: Sequence[int],
+    groups: Sequence[int],
+    scales: Sequence[float],
+    noise: str,
+    first_row: int,
+) -> None:
+    """The update of weights, or of a slice of rows of each from `first_row` on."""
     if skip.item() != 0:
         return
+    draw = partial(sample_rows, first_row=first_row)
     f32 = np.float32
     coeff32 = coeff.to(torch.float32).numpy()
     rates, decays = (t.to(torch.float32).numpy() for t in (lr, weight_decay))
-    words = _words(key, 0, 0)[1:]
+    words = counter_words(key, 0, 0)[1:]
     small: list[int] = []
     for i, (w, tensor, group) in enumerate(zip(params, tensors, groups, strict=True)):
         if w.dtype != torch.float32:
             rate, decay = lr[group], weight_decay[group]
-            w.copy_(updated(w, key, coeff, rate, decay, tensor, scales[i], noise, sample))
+            w.copy_(updated(w, key, coeff, rate, decay, tensor, scales[i], noise, draw))
             continue
-        walk = _walk(w.shape, w.stride(), noise)
-        if walk is not None and walk.groups * walk.lanes < PARALLEL_FROM:
+        walk = walk_of(w.shape, w.stride(), noise)
+        if walk is not None and not first_row and walk.groups * walk.lanes < PARALLEL_FROM:
             small.append(i)
             continue
         target = w
         if walk is None:
             target = w.contiguous()
-            walk = _walk(target.shape, target.stride(), noise)
+            walk = walk_of(target.shape, target.stride(), noise)
             assert walk is not None
         named = (walk.kind, walk.lanes, tensor, *words)
-        settings = (f32(scales[i]), rates[group], decays[group], walk.layout, named)
-        _over_threads(update_sweep, (_memory(target, walk.extent), coeff32, *settings), walk)
+        where = (*walk.layout, first_row)
+        settings = (f32(scales[i]), rates[group], decays[group], where, named)
+        args = (_memory(target, walk.extent), coeff32, *settings)
+        _over_threads(update_sweep, args, walk, first_row)
         if target is not w:
             w.copy_(target)
     if small:
-        where = tuple((params[i].data_ptr(), params[i].shape, params[i].stride()) for i in small)
+        places = tuple((params[i].data_ptr(), params[i].shape, params[i].stride()) for i in small)
         who = tuple((tensors[i], groups[i], scales[i]) for i in small)
-        update_all(*_update_table(where, who, noise), coeff32, rates, decays, words)
+        update_all(*small_table(places, who, noise), coeff32, rates, decays, words)
 
 
 @lru_cache(maxsize=16)
-def _update_table(
+def small_table(
     where: tuple[tuple[int, torch.Size, tuple[int, ...]], ...],
     who: tuple[tuple[int, int, float], ...],
     noise: str,
 ) -> tuple[Any, Any]:
-    """The table of `update_all` for weights at these addresses, and their scales."""
+    """The table of `update_all` and `stage_all` for weights at these addresses; their scales."""
     rows = []
     for (address, shape, strides), (tensor, group, _) in zip(where, who, strict=True):
-        walk = _walk(shape, strides, noise)
+        walk = walk_of(shape, strides, noise)
         assert walk is not None
         counts = (walk.kind, walk.lanes, walk.groups, tensor, group)
         rows.append((address, walk.extent, *walk.layout, *counts))

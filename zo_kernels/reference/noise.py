@@ -85,15 +85,16 @@ def noise_rows(
     purpose: str = "noise",
     p_zero: float = 0.0,
     r_max: int = 1,
+    first_row: int = 0,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Noise `[rows, cols]` in noise coordinates.
+    """Noise `[rows, cols]` in noise coordinates, from row `first_row` of the tensor on.
 
     Returns: float64 for "normal" (unrounded), int64 for the others: +-1 for "rademacher",
     `[-r_max, r_max]` for "sparse_int8", words in `[0, 2^32)` for "bits".
     """
     per_row = groups_per_row(cols, kind)
-    group = torch.arange(rows * per_row, dtype=torch.int64, device=device)
+    group = first_row * per_row + torch.arange(rows * per_row, dtype=torch.int64, device=device)
     words = philox(seed, group, tensor, step & MASK, query + (PURPOSES[purpose] << 24))
     if kind == "normal":
         z = normals(*words)

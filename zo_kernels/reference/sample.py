@@ -18,6 +18,24 @@ DTYPES = {
 }
 
 
+def sample_rows(
+    shape: Sequence[int],
+    key: Tensor,
+    *,
+    tensor: int,
+    query: int = 0,
+    noise: str = "normal",
+    purpose: str = "noise",
+    first_row: int = 0,
+) -> Tensor:
+    """Noise of a slice of rows, `first_row` being the number of the first."""
+    seed, step = key.tolist()
+    rows, cols = rows_cols(shape)
+    at = {"seed": seed, "step": step, "tensor": tensor, "query": query, "first_row": first_row}
+    z = noise_rows(noise, rows, cols, **at, purpose=purpose, device=key.device)
+    return to_shape(z.to(DTYPES[noise]), shape)
+
+
 def sample(
     shape: Sequence[int],
     key: Tensor,
@@ -47,4 +65,4 @@ def sample(
     return to_shape(z.to(DTYPES[noise]), shape)
 
 
-__all__ = ["sample"]
+__all__ = ["sample", "sample_rows"]

@@ -1,0 +1,192 @@
+"""How a known layer serves the halves of the pair: fused, or staged and then the library's call.
+
+Fused, one kernel reads the weight once, makes `z` in registers and gives the outputs of all halves.
+Staged, the halves of the weight are written first, in chunks of rows where they are large, so that
+no more than `CHUNK_BYTES` of them exist at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import zo_kernels
+from elasticzo.layers import MATMULS, PAIRED, Staged, conv_of_shared, linear, shares_input
+from elasticzo.passes import Pass
+from elasticzo.plan import Layer, compute_dtype
+from elasticzo.precision import precision_of, vendor_precision
+from zo_kernels import paired_linear
+from zo_kernels.paths import Work, choose
+
+FUSED_DTYPES = (torch.float32, torch.bfloat16)
+CHUNK_BYTES = 64 << 20
+
+
+def run_paired(current: Pass, layer: Layer, x: Tensor) -> Tensor:
+    """The outputs of all halves that run now, stacked."""
+    m = layer.module
+    dtype = compute_dtype(x.device, current.wanted) if isinstance(m, MATMULS) else None
+    if layer.fusable and _path(current, layer, x, dtype) == "fused":
+        return _fused(current, layer, x, dtype)
+    if isinstance(m, nn.Linear) and _chunks(current, layer, dtype) > 1 and not x.requires_grad:
+        with vendor_precision(x.device, current.precision):
+            return _linear_in_chunks(current, layer, x, dtype)
+    staged: Staged = {"weight": None, "bias": None}
+    for local, p in m._parameters.items():
+        if p is None:
+            continue
+        if (id(m), local) in current.swapped:
+            staged[local] = p.unsqueeze(0)
+        elif local in layer.head:
+            staged[local] = current.stage(p, layer.head[local], dtype)
+        else:
+            staged[local] = p.expand(current.count, *p.shape)
+    run: Callable[..., Tensor] = PAIRED[type(m)]
+    half = current.original(x)
+    if half is not None and shares_input(m):
+        run, x = conv_of_shared, half  # the model's input as it came: read once for all halves
+    with vendor_precision(x.device, current.precision):
+        if dtype is None or current.wanted is None:
+            return run(m, x, staged, current.count)
+        cast = {k: t if t is None else t.to(dtype) for k, t in staged.items()}
+        return run(m, x.to(dtype), cast, current.count).to(x.dtype)
+
+
+# ---- the choice
+
+
+def _path(current: Pass, layer: Layer, x: Tensor, dtype: torch.dtype | None) -> str:
+    """The path of this call: the user's, else the rule's where a kernel runs at all."""
+    m: Any = layer.module
+    w = m.weight
+    computed = dtype or w.dtype
+    possible = (
+        current.perturb
+        and not (torch.is_grad_enabled() and x.requires_grad)
+        and layer.head["weight"].scale != 0.0
+        and {x.dtype, w.dtype, computed} <= set(FUSED_DTYPES)
+        and (dtype is not None or x.dtype == w.dtype)
+        and (id(m), "weight") not in current.swapped
+        and x.dim() >= 2
+    )
+    if layer.path == "staged" or not possible:
+        return "staged"
+    if layer.path == "fused":
+        return "fused"
+    if current.backend != "triton":
+        return "staged"
+    return choose(work_of(current, m, x, computed), x.device.index)
+
+
+def work_of(current: Pass, m: Any, x: Tensor, computed: torch.dtype) -> Work:
+    """What the rule looks at."""
+    w: Tensor = m.weight
+    inputs = w.numel() // w.shape[0]
+    elements = x.numel() // current.count
+    if isinstance(m, nn.Linear):
+        rows = elements // max(inputs, 1)
+    else:
+        sizes = zip(x.shape[2:], m.kernel_size, m.stride, m.padding, m.dilation, strict=True)
+        rows = x.shape[0] // current.count
+        for n, k, stride, padding, dilation in sizes:
+            rows *= (n + 2 * padding - dilation * (k - 1) - 1) // stride + 1
+    return Work(
+        rows=rows,
+        outputs=w.shape[0],
+        inputs=inputs,
+        queries=max(current.count // 2, 1),
+        x=elements,
+        y=rows * w.shape[0],
+        shared=current.original(x) is not None,
+        noise=current.noise,
+        x_dtype=x.dtype,
+        w_dtype=w.dtype,
+        compute=computed,
+        precision=precision_of(not isinstance(m, nn.Linear), current.precision),
+        half=current.half is not None,
+    )
+
+
+# ---- fused
+
+
+def _fused(current: Pass, layer: Layer, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    m: Any = layer.module
+    head, bias = layer.head["weight"], layer.head.get("bias")
+    for local, one in layer.head.items():
+        current.note_fused(m._parameters[local], one, dtype if local == "weight" else None)
+    start = 0 if current.half is None else current.half
+    original = current.original(x)
+    settings: dict[str, Any] = {
+        "tensor": head.index,
+        "bias_tensor": bias.index if bias is not None else 0,
+        "start": start,
+        "stop": start + current.count,
+        "shared": original is not None,
+        "noise": current.noise,
+        "scale": head.scale,
+        "bias_scale": bias.scale if bias is not None else 0.0,
+        "precision": precision_of(not isinstance(m, nn.Linear), current.precision),
+        "compute_dtype": dtype or m.weight.dtype,
+        "backend": current.backend,
+    }
+    given = (m.weight, m.bias, current.key, current.eps)
+    source = x if original is None else original
+    follow = current.follow if current.follow is not None and current.follow.module is m else None
+    if follow is not None:
+        settings["relu"] = follow.relu
+    if isinstance(m, nn.Linear):
+        y = paired_linear(source.flatten(0, -2), *given, **settings)
+        y = y.reshape(-1, *x.shape[1:-1], y.shape[-1])
+    else:
+        where = {"stride": m.stride, "padding": m.padding, "dilation": m.dilation}
+        if isinstance(m, nn.Conv1d):
+            where = {name: value[0] for name, value in where.items()}
+            y = zo_kernels.paired_conv1d(source, *given, **settings, **where)
+        else:
+            pool = follow is not None and follow.pool
+            y = zo_kernels.paired_conv2d(source, *given, **settings, **where, pool=pool)
+    if follow is not None:
+        follow.done = True
+    return y.to(x.dtype) if current.wanted is not None else y
+
+
+# ---- staged in chunks
+
+
+def _chunks(current: Pass, layer: Layer, dtype: torch.dtype | None) -> int:
+    """Into how many parts the staged halves of a linear layer are cut."""
+    m: Any = layer.module
+    if current.backend != "triton" or "weight" not in layer.head or not current.perturb:
+        return 1
+    if layer.head["weight"].scale == 0.0 or (id(m), "weight") in current.swapped or current.verify:
+        return 1
+    size = current.count * m.weight.numel() * (dtype or m.weight.dtype).itemsize
+    return int(-(-size // CHUNK_BYTES))
+
+
+def _linear_in_chunks(current: Pass, layer: Layer, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A linear layer whose staged halves exist a chunk of output features at a time."""
+    m: Any = layer.module
+    source = x if current.wanted is None else x.to(dtype)
+    y = source.new_empty(*x.shape[:-1], m.out_features)
+    rows = -(-m.out_features // _chunks(current, layer, dtype) // 128) * 128
+    bias = None
+    if m.bias is not None:
+        bias = m.bias.expand(current.count, -1)
+        if "bias" in layer.head:
+            bias = current.stage(m.bias, layer.head["bias"], dtype)
+    pending = current.take_pending(m.weight)
+    for first in range(0, m.out_features, rows):
+        here = slice(first, first + rows)
+        w = current.stage_rows(m.weight[here], layer.head["weight"], first, dtype, pending)
+        b = None if bias is None else bias[:, here].to(w.dtype)
+        y[..., here] = linear(m, source, {"weight": w, "bias": b}, current.count)
+        del w  # before the next chunk is made
+    return y.to(x.dtype)
+
+
+__all__ = ["run_paired", "work_of"]
