@@ -25,11 +25,11 @@ INT32_MAX = 2**31 - 1
 
 @jit(do_not_specialize=["blocks"])
 def _range_kernel(acc_ptr, bits_ptr, blocks, elements, INT64: tl.constexpr, BLOCK: tl.constexpr):
-    pid = tl.program_id(0)
-    half = pid // blocks
+    half = tl.program_id(0) // blocks
+    pid = tl.program_id(0) % blocks
     if INT64:
-        half = half.to(tl.int64)
-    o_e = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
+        half, pid = half.to(tl.int64), pid.to(tl.int64)
+    o_e = pid * BLOCK + tl.arange(0, BLOCK)
     b_acc = tl.load(acc_ptr + half * elements + o_e, mask=o_e < elements, other=0)
     bits = bit_length(tl.max(magnitude_less_one(b_acc)))
     tl.atomic_max(bits_ptr + half, bits)

@@ -147,7 +147,7 @@ def _launch_int8_update_(
         PER=PER_CALL["sparse_int8"],
         INT64=table.int64,
         BLOCK=_table.BLOCK,
-        num_warps=WARPS,
+        num_warps=2 * WARPS if table.int64 else WARPS,  # 64-bit divisions would spill
         enable_fp_fusion=True,
     )
     for w, target in zip(of, targets, strict=True):

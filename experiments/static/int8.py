@@ -94,7 +94,7 @@ def int8_update(rounding: str, int64: bool = False) -> Config:
             "BLOCK": _module("_table").BLOCK,
         },
         tuple(pointers),
-        module.WARPS,
+        2 * module.WARPS if int64 else module.WARPS,
         problem={"elements": 1 << 24, "queries": 1},
     )
 
