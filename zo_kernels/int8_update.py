@@ -105,8 +105,9 @@ def _int8_update_kernel(
     # fmt: on
     o_e = pid * BLOCK + tl.arange(0, BLOCK)
     if tl.load(p_row + 11) != 0:
-        # 16-byte accesses: pointer and length of a flat tensor are multiples of 16.
-        m_e = o_e < tl.multiple_of(elements, 16)
+        # 16-byte accesses: pointer and length of a flat tensor are multiples of 16. The product
+        # says so of the length; Triton 3.6 does not believe `multiple_of` a loaded one.
+        m_e = o_e < elements // 16 * 16
         p_w = tl.multiple_of(w_ptr, 16) + o_e
         b_shift = _shifted(b_total, s, key_ptr, pid, cols, padded_cols, tensor, True, ROUNDING)
         b_w = tl.load(p_w, mask=m_e, other=0).to(tl.int32)
