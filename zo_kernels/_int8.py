@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from zo_kernels._layout import check_groups
-from zo_kernels._lib import MAX_QUERIES, check_indices, check_key, check_tensor
+from zo_kernels._lib import check_indices, check_key, check_tensor
 
 ROUNDINGS = {"nearest": 0, "pseudo": 1, "stochastic": 2}
 LIMIT = 127
@@ -148,7 +148,6 @@ __all__ = [
     "MAX_BATCH",
     "MAX_EXPONENT",
     "MAX_FRACTION_BITS",
-    "MAX_QUERIES",
     "MIN_EXPONENT",
     "ONE_BITS",
     "ROUNDINGS",

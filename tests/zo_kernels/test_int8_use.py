@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_leaves
 
 import zo_kernels
 from tests.zo_kernels._int8_weights import int8_weight, int32, key_on
-from tests.zo_kernels._weights import FEW
 from zo_kernels import (
     int8_perturbed_weights,
     int8_range,
@@ -48,12 +47,11 @@ def logits_on(device: Any) -> tuple[Tensor, Tensor, Tensor]:
     return logits, int32([-5, -4], device), torch.arange(5, device=device)
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", ["3x129", "channels-last", "sliced-kernel"])
 def test_opcheck_weights(name: str, backend: str, device: Any) -> None:
     w, key = int8_weight(name, device), key_on(device)
-    for start, stop in ((0, 2), (1, 2), (1, 4)):
-        args = (w, key, 2, start, stop, 0.25, 9, backend)
-        torch.library.opcheck(op("int8_perturbed_weights"), args)
+    args = (w, key, 2, 1, 4, 0.25, 9, backend)
+    torch.library.opcheck(op("int8_perturbed_weights"), args)
     g = int32([1, -1], device)
     args = ([w, w.clone()], key, g, [2, 3], 0.25, 9, 3, "stochastic", backend)
     torch.library.opcheck(op("int8_update_"), args)
