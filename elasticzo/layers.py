@@ -1,4 +1,4 @@
-"""Paired layers: known modules that serve all halves of a stacked batch in one call.
+"""Paired layers: known modules that serve all halves of a stacked batch in one call, staged.
 
 A stacked input is `[n * B, ...]`, half after half; `W` and `b` come as `[n, ...]`. Every function
 here takes the module (for its settings), the input, the staged parameters by name and n.
@@ -15,7 +15,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 Staged = dict[str, Tensor | None]
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def halves_of(x: Tensor, n: int) -> Tensor:
@@ -66,19 +65,6 @@ def conv_of_shared(m: Any, x: Tensor, staged: Staged, n: int) -> Tensor:
     return by_half_first
 
 
-def layer_norm(m: nn.LayerNorm, x: Tensor, staged: Staged, n: int) -> Tensor:
-    w, b = staged["weight"], staged["bias"]
-    shape = list(m.normalized_shape)
-    return by_half(x, n, lambda part, h: F.layer_norm(part, shape, _pick(w, h), _pick(b, h), m.eps))
-
-
-def group_norm(m: nn.GroupNorm, x: Tensor, staged: Staged, n: int) -> Tensor:
-    w, b = staged["weight"], staged["bias"]
-    return by_half(
-        x, n, lambda part, h: F.group_norm(part, m.num_groups, _pick(w, h), _pick(b, h), m.eps)
-    )
-
-
 def embedding(m: nn.Embedding, x: Tensor, staged: Staged, n: int) -> Tensor:
     w = staged["weight"]
     assert w is not None
@@ -88,63 +74,18 @@ def embedding(m: nn.Embedding, x: Tensor, staged: Staged, n: int) -> Tensor:
     return F.embedding(rows, w.flatten(0, 1))
 
 
-def batch_norm(m: Any, x: Tensor, staged: Staged, n: int) -> Tensor:
-    """Each half by its own batch statistics; the running ones move once, by the average."""
-    m._check_input_dim(x)
-    w, b = staged["weight"], staged["bias"]
-    own_statistics = m.training or m.running_mean is None
-    if not own_statistics:
-        mean, var = m.running_mean, m.running_var
-        return by_half(
-            x,
-            n,
-            lambda part, h: F.batch_norm(
-                part, mean, var, _pick(w, h), _pick(b, h), False, 0.0, m.eps
-            ),
-        )
-    moves = m.training and m.track_running_stats and m.running_mean is not None
-    if not moves:
-        return by_half(
-            x,
-            n,
-            lambda part, h: F.batch_norm(
-                part, None, None, _pick(w, h), _pick(b, h), True, 0.0, m.eps
-            ),
-        )
-    m.num_batches_tracked.add_(1)
-    momentum = 1.0 / float(m.num_batches_tracked) if m.momentum is None else m.momentum
-    means, variances = (
-        [m.running_mean.clone() for _ in range(n)],
-        [m.running_var.clone() for _ in range(n)],
-    )
-    y = by_half(
-        x,
-        n,
-        lambda part, h: F.batch_norm(
-            part, means[h], variances[h], _pick(w, h), _pick(b, h), True, momentum, m.eps
-        ),
-    )
-    m.running_mean.copy_(means[0] if n == 1 else torch.stack(means).mean(0))
-    m.running_var.copy_(variances[0] if n == 1 else torch.stack(variances).mean(0))
-    return y
-
-
 PAIRED: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Linear: linear,
     nn.Conv1d: conv,
     nn.Conv2d: conv,
     nn.Conv3d: conv,
-    nn.LayerNorm: layer_norm,
-    nn.GroupNorm: group_norm,
     nn.Embedding: embedding,
-    **dict.fromkeys(BATCH_NORMS, batch_norm),
 }
 # Layers whose arithmetic follows autocast or `compute_dtype`.
 MATMULS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 __all__ = [
-    "BATCH_NORMS",
     "MATMULS",
     "PAIRED",
     "by_half",

@@ -6,8 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from zo_kernels import paired_cross_entropy, paired_cross_entropy_backward
 
 SOURCES = ("mean", "plus", "minus")
 
@@ -18,7 +21,8 @@ def pair_losses(
     """The loss of every half: `[2Q]`, from outputs `[2Q, B, ...]` and the targets of one batch.
 
     Args:
-        loss: gives a scalar for `(output [B, ...], *targets)`, as `F.cross_entropy` does.
+        loss: gives a scalar for `(output [B, ...], *targets)`, as `F.cross_entropy` does; that one
+            (or `nn.CrossEntropyLoss`) runs as one kernel over all halves on CUDA, in fp32.
         outputs: what a training forward of `ElasticZO` returned; a tree is passed half by half.
         targets: shared by all halves.
         settings: passed on to `loss`.
@@ -34,6 +38,10 @@ def pair_losses(
         raise ValueError(
             f"outputs must be tensors of shape [halves, ...], got {[list(x.shape) for x in leaves]}"
         )
+    fused = _cross_entropy(loss, outputs, targets, settings)
+    if fused is not None:
+        by_kernel: Tensor = PairCrossEntropy.apply(outputs, targets[0], *fused)  # type: ignore[no-untyped-call]
+        return by_kernel
     losses = []
     for half in range(leaves[0].shape[0]):
         part = pytree.tree_map(lambda x, h=half: x[h] if isinstance(x, Tensor) else x, outputs)
@@ -44,6 +52,58 @@ def pair_losses(
             raise ValueError(f"loss must be a scalar for each half, got shape {list(value.shape)}")
         losses.append(value)
     return torch.stack(losses)
+
+
+class PairCrossEntropy(torch.autograd.Function):
+    """Cross-entropies `[H]` of logits `[H, B, C]`: one read of the logits, one more and a write for
+    the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, smoothing: float, ignored: int) -> Tensor:
+        ctx.settings = {"label_smoothing": smoothing, "ignore_index": ignored, "backend": "triton"}
+        losses, lse = paired_cross_entropy(logits.detach(), target, **ctx.settings)
+        ctx.save_for_backward(logits, target, lse)
+        return losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        logits, target, lse = ctx.saved_tensors
+        given = (logits.detach(), target, lse, grad.float().contiguous())
+        return paired_cross_entropy_backward(*given, **ctx.settings), None, None, None
+
+
+def _cross_entropy(
+    loss: Any, outputs: Any, targets: tuple[Any, ...], settings: dict[str, Any]
+) -> tuple[float, int] | None:
+    """(label smoothing, ignored index) where the loss is a cross-entropy that the kernel computes:
+    class indices as targets, no class weights, the mean over rows."""
+    if isinstance(loss, nn.CrossEntropyLoss) and type(loss).forward is nn.CrossEntropyLoss.forward:
+        names = ("weight", "reduction", "label_smoothing", "ignore_index")
+        given: dict[str, Any] = {name: getattr(loss, name) for name in names}
+        given |= settings  # of which its forward knows none
+    elif loss is F.cross_entropy:
+        given = dict(settings)
+    else:
+        return None
+    smoothing, ignored = given.pop("label_smoothing", 0.0), given.pop("ignore_index", -100)
+    if given.pop("weight", None) is not None or given.pop("reduction", "mean") != "mean" or given:
+        return None
+    if not isinstance(outputs, Tensor) or outputs.dim() != 3 or len(targets) != 1:
+        return None
+    target = targets[0]
+    if outputs.dtype not in (torch.float32, torch.bfloat16) or not isinstance(target, Tensor):
+        return None
+    if target.dtype != torch.int64 or target.dim() != 1 or target.device != outputs.device:
+        return None
+    if _loss_backend(outputs.device) != "triton" or target.shape[0] != outputs.shape[1]:
+        return None
+    return float(smoothing), int(ignored)
+
+
+def _loss_backend(device: torch.device) -> str:
+    """Where a kernel runs of itself: on the CPU torch's own cross-entropy is the fast one."""
+    return "triton" if device.type == "cuda" else "reference"
 
 
 def check_losses(losses: Any, halves: int) -> None:

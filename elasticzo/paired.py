@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import zo_kernels
 from elasticzo.layers import MATMULS, PAIRED, Staged, conv_of_shared, linear, shares_input
+from elasticzo.norms import NORMS, run_norm
 from elasticzo.passes import Pass
 from elasticzo.plan import Layer, compute_dtype
 from elasticzo.precision import precision_of, vendor_precision
-from zo_kernels import paired_linear
+from zo_kernels import paired_conv1d, paired_conv2d, paired_linear
 from zo_kernels.paths import Work, choose
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16)
@@ -30,7 +30,8 @@ def run_paired(current: Pass, layer: Layer, x: Tensor) -> Tensor:
     m = layer.module
     dtype = compute_dtype(x.device, current.wanted) if isinstance(m, MATMULS) else None
     if layer.fusable and _path(current, layer, x, dtype) == "fused":
-        return _fused(current, layer, x, dtype)
+        with current.unwatched():
+            return _fused(current, layer, x, dtype)
     if isinstance(m, nn.Linear) and _chunks(current, layer, dtype) > 1 and not x.requires_grad:
         with vendor_precision(x.device, current.precision):
             return _linear_in_chunks(current, layer, x, dtype)
@@ -44,6 +45,8 @@ def run_paired(current: Pass, layer: Layer, x: Tensor) -> Tensor:
             staged[local] = current.stage(p, layer.head[local], dtype)
         else:
             staged[local] = p.expand(current.count, *p.shape)
+    if type(m) in NORMS:
+        return run_norm(current, m, x, staged)
     run: Callable[..., Tensor] = PAIRED[type(m)]
     half = current.original(x)
     if half is not None and shares_input(m):
@@ -144,11 +147,11 @@ def _fused(current: Pass, layer: Layer, x: Tensor, dtype: torch.dtype | None) ->
     else:
         where = {"stride": m.stride, "padding": m.padding, "dilation": m.dilation}
         if isinstance(m, nn.Conv1d):
-            where = {name: value[0] for name, value in where.items()}
-            y = zo_kernels.paired_conv1d(source, *given, **settings, **where)
+            settings |= {name: value[0] for name, value in where.items()}
+            y = paired_conv1d(source, *given, **settings)
         else:
-            pool = follow is not None and follow.pool
-            y = zo_kernels.paired_conv2d(source, *given, **settings, **where, pool=pool)
+            settings |= {**where, "pool": follow is not None and follow.pool}
+            y = paired_conv2d(source, *given, **settings)
     if follow is not None:
         follow.done = True
     return y.to(x.dtype) if current.wanted is not None else y

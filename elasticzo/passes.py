@@ -95,9 +95,15 @@ class Pass:
 
         `computed_in` is the dtype that autocast will round them to, where it is not `dtype`.
         """
+        with self.unwatched():
+            return self._stage(w, head, dtype, computed_in)
+
+    @contextmanager
+    def unwatched(self) -> Iterator[None]:
+        """The pass itself reads weights: nothing for the watch over who reads them unperturbed."""
         self.staging = True
         try:
-            return self._stage(w, head, dtype, computed_in)
+            yield
         finally:
             self.staging = False
 

@@ -14,7 +14,8 @@ from torch.nn.utils import parametrize
 
 from elasticzo.cut import Cut
 from elasticzo.dropout import DROPOUTS
-from elasticzo.layers import BATCH_NORMS, PAIRED
+from elasticzo.layers import PAIRED
+from elasticzo.norms import BATCH_NORMS, NORMS
 from elasticzo.passes import HeadParameter
 from zo_kernels._lib import WEIGHT_DTYPES
 from zo_kernels.paths import PATHS
@@ -98,7 +99,7 @@ def build_plan(
         if isinstance(module, DROPOUTS):
             plan.layers[name] = Layer(name, module, "dropout", index=dropouts)
             dropouts += 1
-        elif type(module) in PAIRED and _as_built(module):
+        elif (type(module) in PAIRED or type(module) in NORMS) and _as_built(module):
             if own or isinstance(module, BATCH_NORMS):
                 _check_supported(name, module)
                 plan.layers[name] = Layer(name, module, "paired", head=own)

@@ -46,6 +46,8 @@ def tail_optimizer(
     plain_step = optimizer.step
 
     def step(self: torch.optim.Optimizer, closure: Any = None) -> Any:
+        if not parameters:
+            return plain_step(closure)  # Full ZO: nothing to skip, nothing to read
         skip = gate_on(model)
         if all(group.get("fused") for group in self.param_groups):
             scaler_found = getattr(self, "found_inf", None)  # GradScaler says so in the same way
@@ -64,6 +66,7 @@ def tail_optimizer(
 
     # Bound, as LR schedulers expect of a step.
     optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign]
+    optimizer._elasticzo_gate = True  # type: ignore[attr-defined]
     return optimizer
 
 

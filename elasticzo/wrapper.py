@@ -294,12 +294,8 @@ class ElasticZO(nn.Module):
     # ---- losses and the tail
 
     def backward(self, losses: Tensor, source: str = "mean") -> None:
-        """Backpropagate into the tail, and note on the device whether a loss is not finite.
-
-        Args:
-            losses: `[2Q]`, from `pair_losses`.
-            source: "mean" of the halves, or "plus" / "minus" of the first query alone.
-        """
+        """Backpropagate the "mean" of the losses `[2Q]` ("plus" / "minus": of those halves) into
+        the tail, and note on the device whether a loss is not finite."""
         check_losses(losses, self.halves)
         finite = torch.isfinite(losses.detach()).all()
         self._found.copy_(torch.maximum(self._found, (~finite).to(torch.float32)))

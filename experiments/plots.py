@@ -10,7 +10,8 @@ from typing import Any
 Lines = Sequence[Mapping[str, Any]]
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib.pyplot, drawing to files alone."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -19,7 +20,8 @@ def _pyplot() -> Any:
     return plt
 
 
-def _save(plt: Any, figure: Any, path: Path) -> None:
+def save(plt: Any, figure: Any, path: Path) -> None:
+    """Write a figure; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
     # Without a date inside, the same numbers give the same file.
@@ -34,7 +36,7 @@ def _curve(lines: Lines, key: str) -> tuple[list[int], list[float]]:
 
 def draw_curves(path: Path, title: str, train: Lines, test: Lines) -> None:
     """Loss and test accuracy of one run over its steps."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
     left.plot(*_curve(train, "loss"), label="training", linewidth=1)
     left.plot(*_curve(test, "test_loss"), label="test", marker=".")
@@ -44,26 +46,26 @@ def draw_curves(path: Path, title: str, train: Lines, test: Lines) -> None:
     right.set(xlabel="step", ylabel="test accuracy (%)")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    _save(plt, figure, path)
+    save(plt, figure, path)
 
 
 def draw_accuracies(path: Path, title: str, runs: Mapping[str, Lines]) -> None:
     """Test accuracy of several runs over their steps."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(7, 4.5))
     for name, test in runs.items():
         axes.plot(*_curve(test, "test_accuracy"), marker=".", label=name)
     axes.set(xlabel="step", ylabel="test accuracy (%)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    _save(plt, figure, path)
+    save(plt, figure, path)
 
 
 def draw_points(
     path: Path, title: str, points: Mapping[str, Sequence[float]], floors: Mapping[str, float]
 ) -> None:
     """Accuracies of every seed, their mean with its standard error, the floor of each method."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(8, 4.5))
     for place, (name, values) in enumerate(points.items()):
         axes.plot([place] * len(values), values, "o", color="tab:blue", alpha=0.4)
@@ -76,7 +78,7 @@ def draw_points(
     axes.margins(x=0.12)
     axes.set(ylabel="test accuracy (%)", title=title)
     axes.grid(alpha=0.3, axis="y")
-    _save(plt, figure, path)
+    save(plt, figure, path)
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Grid:
 
 def draw_grids(path: Path, title: str, grids: Mapping[str, Grid]) -> None:
     """A heat map a method; a cross where a run diverged, a frame around the default."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, all_axes = plt.subplots(1, len(grids), figsize=(5.5 * len(grids), 4), squeeze=False)
     for axes, (name, grid) in zip(all_axes[0], grids.items(), strict=True):
         filled = [[float("nan") if v is None else v for v in row] for row in grid.values]
@@ -106,7 +108,7 @@ def draw_grids(path: Path, title: str, grids: Mapping[str, Grid]) -> None:
         axes.set_yticks(range(len(grid.epss)), [f"{e:g}" for e in grid.epss])
         axes.set(xlabel="head_lr", ylabel="eps", title=name)
     figure.suptitle(f"{title} (held-out accuracy in %, x: diverged, framed: default)")
-    _save(plt, figure, path)
+    save(plt, figure, path)
 
 
 def standard_error(values: Sequence[float]) -> float:

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,11 +28,13 @@ def test_the_readme_has_code() -> None:
     assert PYTHON and COMMANDS
 
 
-@pytest.mark.parametrize("code", PYTHON, ids=[f"block{i}" for i in range(len(PYTHON))])
-def test_python_blocks_run(code: str, capsys: pytest.CaptureFixture[str]) -> None:
-    exec(compile(code, "README.md", "exec"), {})
+def test_python_blocks_run_one_after_the_other(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {}
+    for code in PYTHON:
+        exec(compile(code, "README.md", "exec"), names)
     accuracy = re.search(r"accuracy after one epoch: ([\d.]+)%", capsys.readouterr().out)
     assert accuracy is not None and float(accuracy[1]) > 20.0  # chance is 10 %
+    assert names["step"].losses.shape == (2,)
 
 
 @pytest.mark.parametrize("command", sorted(set(COMMANDS)))

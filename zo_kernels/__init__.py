@@ -12,6 +12,11 @@ from zo_kernels.int8_update import int8_update_
 from zo_kernels.integer_cross_entropy import integer_cross_entropy
 from zo_kernels.integer_projected_sign import integer_projected_sign
 from zo_kernels.integer_softmax_error import integer_softmax_error
+from zo_kernels.paired_batch_norm import paired_batch_norm
+from zo_kernels.paired_conv1d import paired_conv1d
+from zo_kernels.paired_conv2d import paired_conv2d
+from zo_kernels.paired_cross_entropy import paired_cross_entropy, paired_cross_entropy_backward
+from zo_kernels.paired_layer_norm import paired_layer_norm
 from zo_kernels.paired_linear import paired_linear
 from zo_kernels.perturb import perturb_
 from zo_kernels.perturbed_weights import perturbed_weights
@@ -28,6 +33,12 @@ __all__ = [
     "integer_cross_entropy",
     "integer_projected_sign",
     "integer_softmax_error",
+    "paired_batch_norm",
+    "paired_conv1d",
+    "paired_conv2d",
+    "paired_cross_entropy",
+    "paired_cross_entropy_backward",
+    "paired_layer_norm",
     "paired_linear",
     "perturb_",
     "perturbed_weights",

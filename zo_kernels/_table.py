@@ -59,6 +59,20 @@ def row_offset(table_ptr, t, o_row, o_col, FIRST: tl.constexpr, INT64: tl.conste
     return o_row * s_row + (o_col // inner) * s_outer + (o_col % inner) * s_inner
 
 
+@jit
+def flat_walk(p_row, o_e, DTYPE: tl.constexpr, INT64: tl.constexpr):
+    """Pointers to elements of a flat weight, and which exist: for 16-byte accesses.
+
+    Address and length are multiples of 16. That is told here, where they are loaded: told of the
+    results of a call it is lost in Triton 3.6, and in 3.9 believed of all of them.
+    """
+    w_ptr = tl.multiple_of(tl.load(p_row).to(tl.pointer_type(DTYPE)), 16)
+    elements = tl.multiple_of(tl.load(p_row + 2), 16)
+    if not INT64:
+        elements = elements.to(tl.int32)
+    return w_ptr + o_e, o_e < elements
+
+
 @dataclass(frozen=True)
 class Table:
     """What the launch over tensors of one dtype needs on the device.
@@ -168,4 +182,13 @@ def hold_tables() -> Iterator[list[Table]]:
         _HELD.remove(held)
 
 
-__all__ = ["BLOCK", "FIELDS", "INT32_MAX", "Table", "hold_tables", "row_offset", "source_row"]
+__all__ = [
+    "BLOCK",
+    "FIELDS",
+    "INT32_MAX",
+    "Table",
+    "flat_walk",
+    "hold_tables",
+    "row_offset",
+    "source_row",
+]

@@ -29,7 +29,7 @@ from zo_kernels._lib import (
     resolve_backend,
     twin,
 )
-from zo_kernels._table import FIELDS, row_offset, source_row
+from zo_kernels._table import FIELDS, flat_walk, row_offset, source_row
 from zo_kernels._triton import jit, tl
 from zo_kernels.noise import KIND, float_noise
 from zo_kernels.perturbed_weights import OUT_DTYPES
@@ -98,20 +98,19 @@ def _stage_kernel(
     t = 0 if ONE else tl.load(block_ptr + tl.program_id(0))
     p_row = table_ptr + t * FIELDS
     pid, elements, cols, padded_cols, first_row = source_row(table_ptr, t, INT64)
-    w_ptr = tl.load(p_row).to(tl.pointer_type(DTYPE))
     tensor = tl.load(p_row + 9)
     offset = tl.load(p_row + 12)
     half_stride = tl.load(p_row + 16)
     scale = tl.load(scale_ptr + t)
     o_e = pid * BLOCK + tl.arange(0, BLOCK)
     if FLAT:  # 16-byte accesses: every address and length is a multiple of 16
-        m_e = o_e < tl.multiple_of(elements, 16)
-        p_w = tl.multiple_of(w_ptr, 16) + o_e
+        p_w, m_e = flat_walk(p_row, o_e, DTYPE, INT64)
         p_out = out_ptr + tl.multiple_of(offset, 16) + o_e
         half_stride = tl.multiple_of(half_stride, 16)
     else:
         o_row, o_col = o_e // padded_cols, o_e % padded_cols
         m_e = (o_e < elements) & (o_col < cols)
+        w_ptr = tl.load(p_row).to(tl.pointer_type(DTYPE))
         p_w = w_ptr + row_offset(table_ptr, t, o_row, o_col, 6, INT64)
         p_out = out_ptr + offset + row_offset(table_ptr, t, o_row, o_col, 13, INT64)
     b_w = tl.load(p_w, mask=m_e, other=0.0)

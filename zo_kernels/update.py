@@ -29,7 +29,7 @@ from zo_kernels._lib import (
     resolve_backend,
     twin,
 )
-from zo_kernels._table import FIELDS, row_offset, source_row
+from zo_kernels._table import FIELDS, flat_walk, row_offset, source_row
 from zo_kernels._triton import jit, tl
 from zo_kernels.noise import KIND, float_noise, interleave4, words
 
@@ -113,7 +113,6 @@ def _update_kernel(
     if tl.load(skip_ptr) == 0:
         t = tl.load(block_ptr + tl.program_id(0))
         p_row = table_ptr + t * FIELDS
-        w_ptr = tl.load(p_row).to(tl.pointer_type(DTYPE))
         pid, elements, cols, padded_cols, first_row = source_row(table_ptr, t, INT64)
         tensor = tl.load(p_row + 9)
         group = tl.load(p_row + 10)
@@ -123,9 +122,7 @@ def _update_kernel(
         decay = tl.load(decay_ptr + group)
         o_e = pid * BLOCK + tl.arange(0, BLOCK)
         if flat != 0:
-            # 16-byte accesses: pointer and length of a flat tensor are multiples of 16.
-            m_e = o_e < tl.multiple_of(elements, 16)
-            p_w = tl.multiple_of(w_ptr, 16) + o_e
+            p_w, m_e = flat_walk(p_row, o_e, DTYPE, INT64)
             b_w = tl.load(p_w, mask=m_e, other=0.0).to(WIDE)
             # fmt: off
             b_new = updated(b_w, key_ptr, coeff_ptr, queries, lr, decay, scale, pid, tensor,
@@ -136,6 +133,7 @@ def _update_kernel(
             o_row = o_e // padded_cols
             o_col = o_e % padded_cols
             m_e = (o_e < elements) & (o_col < cols)
+            w_ptr = tl.load(p_row).to(tl.pointer_type(DTYPE))
             p_w = w_ptr + row_offset(table_ptr, t, o_row, o_col, 6, INT64)
             b_w = tl.load(p_w, mask=m_e, other=0.0).to(WIDE)
             # fmt: off

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from collections import OrderedDict
+
+from torch import nn
 
 
-class LeNet5(nn.Module):
+class LeNet5(nn.Sequential):
     """Two 5x5 convolutions (padding 2, ReLU, 2x2 max-pooling), then 784-120-84-classes.
 
     Args:
@@ -18,23 +19,26 @@ class LeNet5(nn.Module):
     """
 
     def __init__(self, classes: int = 10, channels: int = 1) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, 6, 5, padding=2)
-        self.conv2 = nn.Conv2d(6, 16, 5, padding=2)
-        self.fc1 = nn.Linear(16 * 7 * 7, 120)
-        self.fc2 = nn.Linear(120, 84)
-        self.fc3 = nn.Linear(84, classes)
-        for module in self.modules():
+        layers: dict[str, nn.Module] = {
+            "conv1": nn.Conv2d(channels, 6, 5, padding=2),
+            "relu1": nn.ReLU(),
+            "pool1": nn.MaxPool2d(2),
+            "conv2": nn.Conv2d(6, 16, 5, padding=2),
+            "relu2": nn.ReLU(),
+            "pool2": nn.MaxPool2d(2),
+            "flat": nn.Flatten(),
+            "fc1": nn.Linear(16 * 7 * 7, 120),
+            "relu3": nn.ReLU(),
+            "fc2": nn.Linear(120, 84),
+            "relu4": nn.ReLU(),
+            "fc3": nn.Linear(84, classes),
+        }
+        super().__init__(OrderedDict(layers))
+        for module in self:
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
                 assert module.bias is not None
                 nn.init.zeros_(module.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
-        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
-        x = F.relu(self.fc1(x.flatten(1)))
-        return self.fc3(F.relu(self.fc2(x)))  # type: ignore[no-any-return]
 
 
 __all__ = ["LeNet5"]

@@ -27,7 +27,11 @@ class Config:
         constants: value of every constexpr argument.
         aligned: arguments known to be multiples of 16, pointers included.
         warps, stages: of the launch.
-        problem: sizes of the problem for which bytes moved and time are predicted.
+        problem: sizes of the problem for which bytes moved and time are predicted; empty for no
+            prediction. `bytes` (to and from memory at the least) and `programs` (launched) are
+            needed; `turns` of a program's main loop (1), `noise` (elements of z that a program
+            makes in a turn, or in all where it has no loop) and `flops` (of products; given for
+            every kernel that multiplies matrices) where they apply. Other keys only describe.
     """
 
     name: str
@@ -38,6 +42,14 @@ class Config:
     warps: int
     stages: int = 3
     problem: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def plain_constants(self) -> dict[str, Any]:
+        """The constants as JSON has them: types by name."""
+        return {
+            k: v if isinstance(v, (bool, int, float, str)) else str(v)
+            for k, v in self.constants.items()
+        }
 
 
 __all__ = ["TYPES", "Config"]

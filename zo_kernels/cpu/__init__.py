@@ -10,6 +10,11 @@ from zo_kernels.cpu.int8 import (
     integer_softmax_error,
 )
 from zo_kernels.cpu.ops import perturb_, perturbed_weights, sample, update_
+from zo_kernels.cpu.paired_batch_norm import paired_batch_norm
+from zo_kernels.cpu.paired_conv1d import paired_conv1d
+from zo_kernels.cpu.paired_conv2d import paired_conv2d
+from zo_kernels.cpu.paired_cross_entropy import paired_cross_entropy, paired_cross_entropy_backward
+from zo_kernels.cpu.paired_layer_norm import paired_layer_norm
 from zo_kernels.cpu.paired_linear import paired_linear
 from zo_kernels.cpu.stage import stage_
 
@@ -21,6 +26,12 @@ __all__ = [
     "integer_cross_entropy",
     "integer_projected_sign",
     "integer_softmax_error",
+    "paired_batch_norm",
+    "paired_conv1d",
+    "paired_conv2d",
+    "paired_cross_entropy",
+    "paired_cross_entropy_backward",
+    "paired_layer_norm",
     "paired_linear",
     "perturb_",
     "perturbed_weights",

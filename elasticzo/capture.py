@@ -1,0 +1,297 @@
+"""One whole training step as a CUDA graph: forward pair, losses, tail, both optimisers, the gate.
+
+A step of a small network is hundreds of launches of a few microseconds; a graph repeats them
+without Python. Everything that changes from step to step lives on the device (noise key, learning
+rates, losses, the flag that skips), so a replay equals an eager step bit for bit, and a
+learning-rate schedule goes on working.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from elasticzo.losses import pair_losses
+from elasticzo.optimizer import ZOSGD
+from elasticzo.state import all_buffers, generator_state
+from zo_kernels._table import Table, hold_tables
+
+# Entries of a parameter group that no step reads: what schedulers note there.
+NOTES = ("params", "initial_lr", "max_lr", "min_lr", "name")
+
+
+class CapturedStep:
+    """A step that repeats itself: `losses = step(x, y)`; made by `capture_step`.
+
+    Attributes:
+        losses: `[2Q]`, of the last step. On CUDA the next step overwrites them: clone to keep.
+        captured: whether it is a CUDA graph; on other devices it runs eagerly.
+    """
+
+    def __init__(
+        self,
+        zo: ZOSGD,
+        loss: Callable[..., Tensor],
+        inputs: tuple[Any, ...],
+        targets: tuple[Any, ...],
+        tail: torch.optim.Optimizer | None,
+        source: str,
+        warmup: int,
+    ) -> None:
+        self.zo, self.model, self.tail = zo, zo.model, tail
+        self.loss, self.source = loss, source
+        _refuse(zo, tail)
+        device = self.model._key.device
+        self._inputs = pytree.tree_map_only(Tensor, torch.clone, inputs)
+        self._targets = pytree.tree_map_only(Tensor, torch.clone, targets)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._tables: list[Table] = []
+        log, zo._log = zo._log, None  # rehearsals are no steps
+        try:
+            with _put_back(zo, tail):
+                self._rehearse(device, warmup)
+            if device.type == "cuda":
+                self._capture()
+        finally:
+            zo._log = log
+        self._fixed = _fixed(zo, tail)
+
+    @property
+    def captured(self) -> bool:
+        return self._graph is not None
+
+    def __call__(self, inputs: Any, targets: Any) -> Tensor:
+        """One step on this batch; `[2Q]` losses.
+
+        Raises: ValueError for a batch of another shape or dtype than the captured one;
+            RuntimeError where parameters or settings of an optimiser changed since the capture.
+        """
+        _fill(self._inputs, _as_tuple(inputs), "inputs")
+        _fill(self._targets, _as_tuple(targets), "targets")
+        if _fixed(self.zo, self.tail) != self._fixed:
+            raise RuntimeError(
+                "parameters moved, or a setting of an optimiser other than lr changed, since the "
+                "step was captured: capture it again"
+            )
+        if self._graph is None:
+            self.losses = self._step()
+            return self.losses
+        self._graph.replay()
+        self._note()
+        return self.losses
+
+    def _step(self) -> Tensor:
+        """What is captured."""
+        if self.tail is not None:
+            self.tail.zero_grad(set_to_none=True)
+        losses = pair_losses(self.loss, self.model(*self._inputs), *self._targets)
+        self.model.backward(losses, self.source)
+        if self.tail is not None:
+            self.tail.step()
+        self.zo.step(losses)
+        return losses.detach()
+
+    def _rehearse(self, device: torch.device, warmup: int) -> None:
+        """Real steps, undone by the caller: they verify the model, compile kernels, fill caches."""
+        before = generator_state(device)
+        if device.type != "cuda":
+            self.losses = self._step()
+        else:
+            side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            side.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(side):
+                for _ in range(max(warmup, 1)):
+                    self.losses = self._step()
+            torch.cuda.current_stream(device).wait_stream(side)
+        if self.model._mixes_generator or not torch.equal(before, generator_state(device)):
+            names = ", ".join(_drawing_modules(self.model.module, self._inputs)) or "the model"
+            raise RuntimeError(
+                f"a captured step would repeat the same random numbers: {names} draws from torch's "
+                "generator; use nn.Dropout (whose masks come from the counter), or run eagerly"
+            )
+
+    def _capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        with hold_tables() as self._tables, torch.cuda.graph(graph):
+            self.losses = self._step()
+        self._graph = graph
+
+    def _note(self) -> None:
+        """What an eager step does on the host besides."""
+        model, zo = self.model, self.zo
+        model._stepped = True
+        if model._deferred is not None:
+            model._deferred.mark()
+        for optimizer in (zo, self.tail):
+            if optimizer is not None:
+                optimizer._opt_called = True  # type: ignore[attr-defined]
+        if zo._log is not None:
+            zo._log.record(model._key[1] - 1, model._last_found, *zo._rates(), self.losses)
+
+
+def capture_step(
+    zo: ZOSGD,
+    loss: Callable[..., Tensor],
+    inputs: Any,
+    targets: Any,
+    *,
+    tail: torch.optim.Optimizer | None = None,
+    source: str = "mean",
+    warmup: int = 3,
+) -> CapturedStep:
+    """Capture forward pair, losses, the tail's backward and both optimisers in one CUDA graph.
+
+    On another device the same object runs the step eagerly, so that a script needs no branch.
+
+    Args:
+        zo: the optimiser of the head, its learning rates 0-d tensors on the device.
+        loss: as for `pair_losses`.
+        inputs, targets: a batch (a tensor, or a tuple of positional arguments); later ones must
+            have its shapes and dtypes. Weights, state and noise are as before afterwards.
+        tail: from `model.tail_optimizer`, its learning rates tensors, too; None for Full ZO.
+        source: of the tail's gradient, as for `model.backward`.
+        warmup: rehearsals before the capture.
+    Raises: ValueError for a learning rate that is a Python number, or an optimiser that is read on
+        the host; RuntimeError naming modules that draw from torch's generator.
+
+    >>> from elasticzo import ZOSGD, ElasticZO, capture_step
+    >>> model = ElasticZO(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3)), tail=0).train()
+    >>> zo = ZOSGD(model, lr=torch.tensor(1e-3))
+    >>> x, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    >>> step = capture_step(zo, nn.functional.cross_entropy, x, y)
+    >>> tuple(step(x, y).shape)
+    (2,)
+    """
+    if not zo.model.training:
+        raise RuntimeError("capture_step captures a training step: call model.train() first")
+    batch = (_as_tuple(inputs), _as_tuple(targets))
+    return CapturedStep(zo, loss, *batch, tail, source, warmup)
+
+
+def _as_tuple(tree: Any) -> tuple[Any, ...]:
+    return tree if isinstance(tree, tuple) else (tree,)
+
+
+def _fill(static: tuple[Any, ...], given: tuple[Any, ...], what: str) -> None:
+    """Copy a batch into the memory that the graph reads."""
+    mine, theirs = pytree.tree_leaves(static), pytree.tree_leaves(given)
+    kinds = [
+        [(tuple(t.shape), t.dtype) if isinstance(t, Tensor) else t for t in leaves]
+        for leaves in (mine, theirs)
+    ]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"the step was captured for {what} {kinds[0]}, got {kinds[1]}")
+    for to, t in zip(mine, theirs, strict=True):
+        if isinstance(to, Tensor) and to is not t:
+            to.copy_(t, non_blocking=True)
+
+
+def _refuse(zo: ZOSGD, tail: torch.optim.Optimizer | None) -> None:
+    """What a captured step cannot do."""
+    device = zo.model._key.device
+    if tail is None and zo.model.cut.tail_parameters:
+        raise ValueError(
+            "the model has a tail: give its optimiser, capture_step(..., tail=model.tail_optimizer("
+            "...))"
+        )
+    for who, optimizer in (("zo", zo), ("tail", tail)):
+        for i, group in enumerate(optimizer.param_groups if optimizer is not None else []):
+            lr = group["lr"]
+            if not isinstance(lr, Tensor) or lr.dim() != 0 or lr.device != device:
+                came = f"on {lr.device}" if isinstance(lr, Tensor) else f"the number {lr!r}"
+                raise ValueError(
+                    f"lr of group {i} of {who} must be a 0-d tensor on {device}, so that a "
+                    f"schedule reaches the captured step; it is {came}"
+                )
+            if who == "tail" and not (group.get("fused") and hasattr(optimizer, "_elasticzo_gate")):
+                raise ValueError(
+                    "the tail's optimiser must skip steps on the device: build it by model."
+                    "tail_optimizer, of a class that has a fused form (SGD, Adam, AdamW, Adagrad)"
+                )
+            if "capturable" in group:
+                group["capturable"] = True
+
+
+def _fixed(zo: ZOSGD, tail: torch.optim.Optimizer | None) -> tuple[Any, ...]:
+    """What a graph has for good: addresses of parameters, and settings that are numbers."""
+    where = tuple(p.data_ptr() for p in zo.model.module.parameters())
+    settings = tuple(
+        (name, value)
+        for optimizer in (zo, tail)
+        for group in (optimizer.param_groups if optimizer is not None else [])
+        for name, value in group.items()
+        # "initial_lr" and the like are notes of schedulers
+        if not isinstance(value, Tensor)
+        and name not in ("params", "initial_lr", "max_lr", "min_lr")
+    )
+    return where, settings, zo.clip, zo.model.training
+
+
+class _put_back:
+    """Weights, buffers, optimisers and noise after the rehearsals as before them."""
+
+    def __init__(self, zo: ZOSGD, tail: torch.optim.Optimizer | None) -> None:
+        self.zo, self.tail = zo, tail
+
+    def _tensors(self) -> Iterator[Tensor]:
+        model = self.zo.model
+        yield from model.module.parameters()
+        yield from (m._buffers[name] for m, name in all_buffers(model.module))  # type: ignore[misc]
+        yield from (model._key, model._found, model._last_found, self.zo._skips)
+        if self.tail is not None:
+            for state in self.tail.state.values():
+                yield from (t for t in state.values() if isinstance(t, Tensor))
+
+    def __enter__(self) -> None:
+        self.zo.model.flush()
+        self.before = [(t, t.detach().clone()) for t in self._tensors()]
+        self.grads = [(p, p.grad) for p in self.zo.model.module.parameters()]
+        self.stepped = self.zo.model._stepped
+
+    @torch.no_grad()
+    def __exit__(self, *error: Any) -> None:
+        model, known = self.zo.model, {id(t): old for t, old in self.before}
+        for t in self._tensors():
+            # State that an optimiser made during the rehearsals began at zero.
+            t.copy_(known[id(t)]) if id(t) in known else t.zero_()
+        if model._deferred is not None:
+            model._deferred.skip.fill_(1.0)  # what waits there was a rehearsal
+            if error[0] is not None or model._key.device.type != "cuda":
+                model._deferred.left = {}
+        for p, grad in self.grads:
+            p.grad = grad
+        model._stepped = self.stepped
+        model._micro_batches, model._before, model._gated = 0, None, False
+
+
+def _drawing_modules(model: nn.Module, inputs: tuple[Any, ...]) -> list[str]:
+    """The innermost modules whose forward moves torch's generator."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    found: list[str] = []
+    open_: list[tuple[Tensor, int]] = []
+    handles = []
+    for name, module in model.named_modules():
+
+        def enter(m: nn.Module, args: Any) -> None:
+            open_.append((generator_state(device), len(found)))
+
+        def leave(m: nn.Module, args: Any, output: Any, name: str = name) -> None:
+            before, inner = open_.pop()
+            if len(found) == inner and not torch.equal(before, generator_state(device)):
+                found.append(f"{name or 'the model'} ({type(m).__name__})")
+
+        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    try:
+        with torch.no_grad():
+            model(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+__all__ = ["CapturedStep", "capture_step"]

@@ -1,0 +1,236 @@
+"""The static table: its registry, roofline, rules and command, each by hand."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+pytest.importorskip("tyro")
+
+from experiments.static import __main__ as command
+from experiments.static import compiler, kernels, registry
+from experiments.static.roofline import Peaks, predict, tensor_operations
+from experiments.static.rules import SHARED, violations
+from experiments.static.table import RESULTS, read
+
+# ---- registry
+
+
+def test_every_module_with_configurations_is_registered() -> None:
+    folder = Path(registry.__file__).parent
+    with_configs = {p.stem for p in folder.glob("*.py") if "\ndef configs(" in p.read_text()}
+    assert with_configs - {"registry"} == {*registry.MODULES}
+
+
+def test_one_list_of_targets() -> None:
+    for targets in (command.ALL, compiler.GPUS, SHARED):
+        assert tuple(targets) == registry.TARGETS
+
+
+def test_the_registry_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"target must be one of .* got 'cuda-70'"):
+        registry.configs("cuda-70")
+    monkeypatch.setattr(registry, "MODULES", ("kernels", "kernels"))
+    with pytest.raises(ValueError, match=r"two configurations are named .* for cuda-90"):
+        registry.configs("cuda-90")
+    monkeypatch.setattr(registry, "MODULES", ("kernels",))
+    poor = kernels.sample("normal")
+    del poor.problem["bytes"]
+    monkeypatch.setattr(kernels, "configs", lambda target: [poor])
+    with pytest.raises(ValueError, match="the problem of sample-normal lacks bytes"):
+        registry.configs("cuda-90")
+
+
+# ---- roofline
+
+PEAKS = Peaks(
+    memory=1e9, bf16=4e12, tf32=2e12, multiprocessors=2, clock=1e9, issue=4, integer=64, special=16
+)
+
+
+def test_roofline_by_hand() -> None:
+    problem = {"bytes": 3000, "programs": 5, "turns": 10}
+    outside = {"MUFU": 4, "EXIT": 2}
+    loop = {"IADD3": 10, "IMAD": 5, "MUFU": 1, "FFMA": 20}
+    found = predict(problem, 4, outside, loop, PEAKS)
+    # The busier of two multiprocessors runs three programs of 4 warps.
+    assert found == {
+        "us": 3.0,
+        "bound": "memory",
+        "memory_us": 3.0,
+        "issue_us": round((6 + 360) * 12 / 4 / 1e3, 2),
+        "tensor_us": 0.0,
+        "integer_us": round(100 * 12 / 2 / 1e3, 2),
+        "multiply_us": round(50 * 12 / 2 / 1e3, 2),
+        "fp64_us": 0.0,
+        "special_us": round(14 * 12 * 2 / 1e3, 2),
+    }
+    assert predict(problem | {"bytes": 3}, 4, outside, loop, PEAKS)["bound"] == "issue"
+
+
+def test_roofline_of_products() -> None:
+    assert tensor_operations("HGMMA.64x32x16.F32.BF16") == ("bf16", 2 * 64 * 32 * 16 / 4)
+    assert tensor_operations("HMMA.1688.F32.TF32") == ("tf32", 2 * 16 * 8 * 8)
+    assert tensor_operations("FFMA") is None
+    # One program of 8 warps on one of two multiprocessors of 2e12 operations a second each.
+    problem = {"bytes": 1, "programs": 1, "turns": 1000}
+    found = predict(problem, 8, {}, {"HGMMA.64x32x16.F32.BF16": 4}, PEAKS)
+    assert found["bound"] == "tensor"
+    assert found["us"] == round(1000 * 4 * 2 * 2 * 64 * 32 * 16 / 2e12 * 1e6, 2)
+
+
+def test_executed_products_cover_the_problem() -> None:
+    """Counted in the machine code, they are the problem's own (rows and columns fill tiles)."""
+    for row in read()["rows"]:
+        if "h200" not in row or "flops" not in row["problem"] or not row["tensor"]:
+            continue
+        ops = {op: tensor_operations(op) for op in row["loop"]}
+        turn = sum(n * ops[op][1] for op, n in row["loop"].items() if ops[op] is not None)
+        problem = row["problem"]
+        done = turn * row["warps"] * problem["turns"] * problem["programs"]
+        times = 3 if row["constants"]["PRECISION"] == "tf32x3" else 1
+        if times == 3 and "HGMMA" in row["tensor"][0]:
+            times = 5  # the first two of the three are made twice, into two sets of registers
+        assert done == times * problem["flops"], row["name"]
+
+
+# ---- rules
+
+BROKEN = {
+    "spills": ("cuda-90/update-normal-fp32", {"spills": 1}, "spills is 1, at most 0"),
+    "local": ("hip-gfx942/sample-normal", {"local": 4}, "local is 4, at most 0"),
+    "scalars": ("hip-gfx942/sample-normal", {"scalar_spills": 1}, "scalar_spills is 1"),
+    "shared": ("cuda-80/sample-normal", {"shared": 8193}, "shared is 8193, at most 8192"),
+    "limit": ("cuda-80/paired_linear-normal-bf16-64", {"shared": 166913}, "at most 166912"),
+    "known": (
+        "hip-gfx942/paired_linear-normal-mixed-128",
+        {"shared": 69633},
+        "shared is 69633, at most 69632",
+    ),
+    "size": ("cuda-90/sample-normal", {"bytes": 1000}, "no machine code"),
+    "core": (
+        "cuda-90/paired_linear-normal-bf16-64",
+        {"tensor": ["HMMA.16816.F32.BF16"]},
+        "needs HGMMA.BF16",
+    ),
+    "dtype": (
+        "cuda-80/paired_linear-normal-tf32-64",
+        {"tensor": ["HMMA.16816.F32.BF16"]},
+        "needs HMMA.TF32",
+    ),
+    "ieee": (
+        "cuda-90/paired_linear-normal-ieee-64",
+        {"tensor": ["HMMA.1688.F32.TF32"]},
+        "needs no tensor cores",
+    ),
+    "none": ("cuda-100/paired_linear-normal-bf16-64", {"tensor": []}, "needs UTCHMMA, has"),
+    "mfma": ("hip-gfx942/paired_linear-normal-bf16-64", {"tensor": []}, "needs 8 v_mfma of bf16"),
+    "loads": ("cuda-90/paired_linear-normal-bf16-64", {"loads_16": 3}, "loads_16 is 3, at least 4"),
+    "stores": (
+        "cuda-90/perturbed_weights-normal-fp32-flat",
+        {"stores_16": 1},
+        "stores_16 is 1, at least 2",
+    ),
+    "scalar loads": (
+        "cuda-90/perturbed_weights-normal-fp32-flat",
+        {"loads": 9},
+        "9 loads, at most 8",
+    ),
+    "fp64": (
+        "cuda-90/update-normal-fp32",
+        {"opcodes": {"EXIT": 1, "DFMA": 1}},
+        "float64 arithmetic: DFMA",
+    ),
+}
+
+
+@pytest.mark.parametrize("rule", BROKEN)
+def test_a_broken_rule_is_found(rule: str) -> None:
+    name, change, message = BROKEN[rule]
+    rows = {f"{row['target']}/{row['name']}": row for row in read()["rows"]}
+    assert violations(rows[name]) == []
+    (found,) = violations(rows[name] | change)
+    assert found.startswith(f"{name}: ") and message in found
+
+
+# ---- the command
+
+
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
+    """The command gives committed rows instead of compiling."""
+    known = {f"{row['target']}/{row['name']}": row for row in read()["rows"]}
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(
+        compiler, "compile_for", lambda config, target: known[f"{target}/{config.name}"]
+    )
+    return known
+
+
+def test_a_part_is_printed_and_not_written(
+    rows: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (RESULTS / "table.json").read_bytes()
+    assert command.main(["--only", "sample-normal$", "--targets", "cuda-90", "cuda-80"]) == 0
+    out = capsys.readouterr().out
+    assert "cuda-80\n" in out and "| sample-normal | 32 | 0 | 0 | 376 |" in out
+    assert "update" not in out and "cuda-100" not in out
+    assert (RESULTS / "table.json").read_bytes() == before
+
+
+def test_a_whole_table_is_written_or_none(
+    rows: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert command.main(["--out", str(tmp_path / "a")]) == 0
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {"table.json", "table.md"}
+    assert read(tmp_path / "a")["rows"] == read()["rows"]
+
+    def stop(config: Any, target: str) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compiler, "compile_for", stop)
+    assert command.main(["--out", str(tmp_path / "b")]) == 130
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_broken_rule_is_reported(
+    rows: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows["cuda-90/sample-bits"] = rows["cuda-90/sample-bits"] | {"spills": 3}
+    assert command.main(["--only", "cuda-90/sample-bits"]) == 1
+    assert "broken: cuda-90/sample-bits: spills is 3, at most 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "zzz"], "no configuration of cuda-80, .* has 'zzz'"),
+        (["--only", "("], r"only must be a regular expression, got '\('"),
+        (["--only", "x", "--out", str(RESULTS)], "out must be another folder for a part"),
+    ],
+)
+def test_wrong_use(
+    rows: dict[str, Any], arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(arguments) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert command.main([]) == 2
+    assert "TRITON_INTERPRET=1 replaces the compiler; run without it" in capsys.readouterr().err
+    monkeypatch.setattr(command, "HAS_TRITON", False)
+    assert command.main([]) == 2
+    assert "compiling needs the triton package" in capsys.readouterr().err
+
+
+def test_a_kernel_with_other_arguments() -> None:
+    config = kernels.sample("normal")
+    del config.signature["elements"]
+    with pytest.raises(ValueError, match="sample-normal does not fit its kernel in elements"):
+        compiler.compile_for(config, "cuda-90")

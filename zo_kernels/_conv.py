@@ -1,0 +1,70 @@
+"""Sizes and memory format of a convolution's result: what its kernel and its twins share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Pair = int | Sequence[int]
+
+
+class Geometry(NamedTuple):
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+
+def _pair(name: str, value: Any, least: int) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else value
+    if (
+        not isinstance(pair, (tuple, list))
+        or len(pair) != 2
+        or any(not isinstance(n, int) or n < least for n in pair)
+    ):
+        raise ValueError(f"{name} must be an integer >= {least} or two of them, got {value!r}")
+    return pair[0], pair[1]
+
+
+def geometry(stride: Pair, padding: Pair, dilation: Pair) -> Geometry:
+    """The three as pairs (height, width)."""
+    return Geometry(
+        _pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1)
+    )
+
+
+def conv_size(size: Sequence[int], kernel: Sequence[int], geo: Geometry) -> tuple[int, int]:
+    """Height and width of the convolution, before pooling."""
+    height, width = (
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip(size, kernel, *geo, strict=True)
+    )
+    return height, width
+
+
+def empty_output(
+    x: Tensor,
+    w: Tensor,
+    halves: int,
+    shared: bool,
+    geo: Geometry,
+    pool: bool,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """`[H B, Co, OH, OW]` in the memory format of x."""
+    height, width = conv_size(x.shape[2:], w.shape[2:], geo)
+    if pool:
+        height, width = height // 2, width // 2
+    rows = x.shape[0] * halves if shared else x.shape[0]
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.empty(
+        (rows, w.shape[0], height, width),
+        dtype=dtype or x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last if last else torch.contiguous_format,
+    )
+
+
+__all__ = ["Geometry", "Pair", "conv_size", "empty_output", "geometry"]
