@@ -5,6 +5,13 @@ a fast CPU twin (numba). `backend=` forces one; `resolve_backend` says which one
 """
 
 from zo_kernels._lib import BACKENDS, resolve_backend
+from zo_kernels.int8_perturbed_weights import int8_perturbed_weights
+from zo_kernels.int8_range import int8_range
+from zo_kernels.int8_requantize import int8_requantize
+from zo_kernels.int8_update import int8_update_
+from zo_kernels.integer_cross_entropy import integer_cross_entropy
+from zo_kernels.integer_projected_sign import integer_projected_sign
+from zo_kernels.integer_softmax_error import integer_softmax_error
 from zo_kernels.paired_batch_norm import paired_batch_norm
 from zo_kernels.paired_conv1d import paired_conv1d
 from zo_kernels.paired_conv2d import paired_conv2d
@@ -19,6 +26,13 @@ from zo_kernels.update import update_
 
 __all__ = [
     "BACKENDS",
+    "int8_perturbed_weights",
+    "int8_range",
+    "int8_requantize",
+    "int8_update_",
+    "integer_cross_entropy",
+    "integer_projected_sign",
+    "integer_softmax_error",
     "paired_batch_norm",
     "paired_conv1d",
     "paired_conv2d",

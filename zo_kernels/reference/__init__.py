@@ -1,5 +1,12 @@
 """The same ops in plain torch, file for file: the specification. Imports no Triton."""
 
+from zo_kernels.reference.int8_perturbed_weights import int8_perturbed_weights
+from zo_kernels.reference.int8_range import int8_range
+from zo_kernels.reference.int8_requantize import int8_requantize
+from zo_kernels.reference.int8_update import int8_update_
+from zo_kernels.reference.integer_cross_entropy import integer_cross_entropy
+from zo_kernels.reference.integer_projected_sign import integer_projected_sign
+from zo_kernels.reference.integer_softmax_error import integer_softmax_error
 from zo_kernels.reference.paired_batch_norm import paired_batch_norm
 from zo_kernels.reference.paired_conv1d import paired_conv1d
 from zo_kernels.reference.paired_conv2d import paired_conv2d
@@ -16,6 +23,13 @@ from zo_kernels.reference.stage import stage_
 from zo_kernels.reference.update import update_
 
 __all__ = [
+    "int8_perturbed_weights",
+    "int8_range",
+    "int8_requantize",
+    "int8_update_",
+    "integer_cross_entropy",
+    "integer_projected_sign",
+    "integer_softmax_error",
     "paired_batch_norm",
     "paired_conv1d",
     "paired_conv2d",

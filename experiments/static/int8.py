@@ -1,0 +1,179 @@
+"""The shipped configurations of the integer kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Any
+
+from experiments.static.config import Config
+from zo_kernels._int8 import ROUNDINGS
+from zo_kernels._layout import PER_CALL
+
+PER = PER_CALL["sparse_int8"]
+WALK = "inner s_row s_outer s_inner"
+
+
+def _module(name: str) -> Any:
+    return import_module(f"zo_kernels.{name}")
+
+
+def _integers(names: str) -> dict[str, str]:
+    return dict.fromkeys(names.split(), "i32")
+
+
+def _suffix(flat: bool, int64: bool) -> str:
+    return f"{'flat' if flat else 'general'}{'-int64' if int64 else ''}"
+
+
+def int8_range(int64: bool = False) -> Config:
+    module = _module("int8_range")
+    pointers = {"acc_ptr": "*i32", "bits_ptr": "*i32"}
+    return Config(
+        f"int8_range{'-int64' if int64 else ''}",
+        module._range_kernel,
+        pointers | _integers("blocks elements"),
+        {"INT64": int64, "BLOCK": module.BLOCK},
+        (*pointers, "elements"),
+        module.WARPS,
+        problem={"halves": 2, "elements": 1 << 24},
+    )
+
+
+def int8_requantize(rounding: str, flat: bool, int64: bool = False) -> Config:
+    module = _module("int8_requantize")
+    reads = dict.fromkeys(("acc_ptr", "bits_ptr", "exponent_ptr", "weight_ptr"), "*i32")
+    pointers = reads | {"out_ptr": "*i8", "total_ptr": "*i32", "key_ptr": "*i64"}
+    integers = "blocks tensor query s_bits s_exponent s_weight elements cols padded_cols "
+    integers += f"{WALK} t_row t_outer t_inner s_half t_half"
+    return Config(
+        f"int8_requantize-{rounding}-{_suffix(flat, int64)}",
+        module._requantize_kernel,
+        pointers | _integers(integers),
+        {
+            "ROUNDING": ROUNDINGS[rounding],
+            "RELU": True,
+            "WEIGHT": True,
+            "FLAT": flat,
+            "INT64": int64,
+            "BLOCK": module.BLOCK,
+        },
+        (*pointers, "elements", "s_half", "t_half") if flat else tuple(pointers),
+        module.WARPS,
+        problem={"halves": 2, "elements": 1 << 24},
+    )
+
+
+def int8_perturbed_weights(flat: bool, int64: bool = False) -> Config:
+    module = _module("int8_perturbed_weights")
+    pointers = {"w_ptr": "*i8", "out_ptr": "*i8", "key_ptr": "*i64"}
+    integers = "tensor first_query start stop p0 magic shift r_max elements cols padded_cols "
+    integers += f"{WALK} t_row t_outer t_inner half_stride"
+    return Config(
+        f"int8_perturbed_weights-sparse_int8-int8-{_suffix(flat, int64)}",
+        module._int8_perturbed_weights_kernel,
+        pointers | _integers(integers),
+        {"QUERIES": 1, "PER": PER, "FLAT": flat, "INT64": int64, "BLOCK": module.BLOCK},
+        (*pointers, "elements", "half_stride") if flat else tuple(pointers),
+        module.WARPS,
+        problem={"elements": 1 << 24},
+    )
+
+
+def int8_update(rounding: str, int64: bool = False) -> Config:
+    module = _module("int8_update")
+    pointers = {"table_ptr": "*i64", "block_ptr": "*i32", "key_ptr": "*i64", "g_ptr": "*i32"}
+    return Config(
+        f"int8_update-sparse_int8-{rounding}{'-int64' if int64 else ''}",
+        module._int8_update_kernel,
+        pointers | _integers("queries p0 magic shift r_max s"),
+        {
+            "ROUNDING": ROUNDINGS[rounding],
+            "PER": PER,
+            "INT64": int64,
+            "BLOCK": _module("_table").BLOCK,
+        },
+        tuple(pointers),
+        2 * module.WARPS if int64 else module.WARPS,
+        problem={"elements": 1 << 24, "queries": 1},
+    )
+
+
+def integer_cross_entropy(classes: int, fraction_bits: int = 12, int64: bool = False) -> Config:
+    module = _module("integer_cross_entropy")
+    rows, cols = module.tile(classes, 256)
+    pointers = {"logits_ptr": "*i8", "exponent_ptr": "*i32"}
+    pointers |= {"target_ptr": "*i64", "losses_ptr": "*i64"}
+    return Config(
+        f"integer_cross_entropy-{classes}-F{fraction_bits}{'-int64' if int64 else ''}",
+        module._cross_entropy_kernel,
+        pointers | _integers("blocks batch classes"),
+        {"F": fraction_bits, "INT64": int64, "BM": rows, "BN": cols},
+        (*pointers, "batch"),
+        module.WARPS,
+        problem={"halves": 2, "batch": 256, "classes": classes},
+    )
+
+
+def integer_softmax_error(classes: int, rounding: str, fraction_bits: int = 12) -> Config:
+    module = _module("integer_softmax_error")
+    rows, cols = module.tile(classes, 256)
+    pointers = {"logits_ptr": "*i8", "exponent_ptr": "*i32", "target_ptr": "*i64"}
+    pointers |= {"key_ptr": "*i64", "out_ptr": "*i8", "total_ptr": "*i32"}
+    return Config(
+        f"integer_softmax_error-{classes}-F{fraction_bits}-{rounding}",
+        module._softmax_error_kernel,
+        pointers | _integers("blocks batch classes tensor query"),
+        {
+            "ROUNDING": ROUNDINGS[rounding],
+            "F": fraction_bits,
+            "INT64": False,
+            "BM": rows,
+            "BN": cols,
+        },
+        (*pointers, "batch"),
+        module.WARPS,
+        problem={"halves": 2, "batch": 256, "classes": classes},
+    )
+
+
+def integer_projected_sign() -> Config:
+    module = _module("integer_projected_sign")
+    pointers = {"losses_ptr": "*i64", "out_ptr": "*i32"}
+    return Config(
+        "integer_projected_sign",
+        module._sign_kernel,
+        pointers | _integers("queries"),
+        {"BLOCK": module.BLOCK},
+        tuple(pointers),
+        1,
+        problem={"queries": 1},
+    )
+
+
+def configs(target: str) -> Iterator[Config]:
+    """Every kernel on each target; on sm_90 their variants, too."""
+    yield int8_range()
+    yield int8_requantize("nearest", flat=True)
+    yield int8_requantize("stochastic", flat=False)
+    yield int8_perturbed_weights(flat=True)
+    yield int8_update("nearest")
+    yield int8_update("stochastic")
+    yield integer_cross_entropy(10)
+    yield integer_softmax_error(10, "stochastic")
+    if target == "cuda-90":
+        yield int8_range(int64=True)
+        yield int8_requantize("pseudo", flat=True)
+        yield int8_requantize("nearest", flat=False)
+        yield int8_requantize("stochastic", flat=True, int64=True)
+        yield int8_perturbed_weights(flat=False)
+        yield int8_perturbed_weights(flat=False, int64=True)
+        yield int8_update("pseudo")
+        yield int8_update("stochastic", int64=True)
+        yield integer_cross_entropy(10, fraction_bits=0)
+        yield integer_cross_entropy(1000, fraction_bits=16, int64=True)
+        yield integer_softmax_error(1000, "nearest")
+        yield integer_projected_sign()
+
+
+__all__ = ["configs"]

@@ -1,0 +1,43 @@
+"""Reference of `zo_kernels.int8_requantize`: int32 accumulators to int8 with an exponent."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zo_kernels._int8 import half_shape
+from zo_kernels.reference.int8_range import int8_range
+from zo_kernels.reference.integer import clip, round_shift, rounding_words
+
+
+def int8_requantize(
+    acc: Tensor,
+    bits: Tensor | None,
+    exponent: Tensor,
+    *,
+    weight_exponent: Tensor | None = None,
+    halves: int | None = None,
+    rounding: str = "nearest",
+    key: Tensor | None = None,
+    tensor: int = 0,
+    query: int = 0,
+    relu: bool = False,
+) -> tuple[Tensor, Tensor]:
+    if bits is None:
+        bits = int8_range(acc, halves=halves)
+    s = (bits.long().reshape(-1) - 7).clamp(0, 31).expand(halves or 1)
+    shape = half_shape(acc.shape, halves)
+    words = rounding_words(shape, key, rounding, tensor, query)  # the same for all halves
+    x = acc.long().reshape(halves or 1, *shape)
+    q = clip(round_shift(x, s.reshape(-1, *[1] * len(shape)), rounding, words))
+    if relu:
+        q = q.clamp_min(0)
+    total = exponent.reshape(-1) + s
+    if weight_exponent is not None:
+        total = total + weight_exponent.reshape(-1)
+    out = torch.empty_like(acc, dtype=torch.int8).copy_(q.reshape(acc.shape))
+    total = total.to(torch.int32)
+    return out, total.squeeze(0) if halves is None else total
+
+
+__all__ = ["int8_requantize"]
