@@ -5,6 +5,10 @@ a fast CPU twin (numba). `backend=` forces one; `resolve_backend` says which one
 """
 
 from zo_kernels._lib import BACKENDS, resolve_backend
+from zo_kernels.int8_matmul import int8_matmul
+from zo_kernels.int8_paired_conv1d import int8_paired_conv1d
+from zo_kernels.int8_paired_conv2d import int8_paired_conv2d
+from zo_kernels.int8_paired_linear import int8_paired_linear
 from zo_kernels.int8_perturbed_weights import int8_perturbed_weights
 from zo_kernels.int8_range import int8_range
 from zo_kernels.int8_requantize import int8_requantize
@@ -26,6 +30,10 @@ from zo_kernels.update import update_
 
 __all__ = [
     "BACKENDS",
+    "int8_matmul",
+    "int8_paired_conv1d",
+    "int8_paired_conv2d",
+    "int8_paired_linear",
     "int8_perturbed_weights",
     "int8_range",
     "int8_requantize",

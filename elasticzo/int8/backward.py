@@ -16,9 +16,8 @@ from torch import Tensor
 
 from elasticzo.int8.layers import Block, Int8Layer
 from elasticzo.int8.passes import Kept
-from elasticzo.int8.products import int8_matmul, int8_paired_conv2d
 from elasticzo.int8.tensor import Int8Tensor
-from zo_kernels import int8_requantize
+from zo_kernels import int8_matmul, int8_paired_conv2d, int8_requantize
 
 Part = tuple[Tensor, Tensor]  # int32 sums and their exponent, []
 MAX_ROWS = 1 << 17  # 127^2 2^17 < 2^31: rows of a product whose sums fit in int32
@@ -146,7 +145,7 @@ def _spread(layer: Int8Layer, error: Tensor, height: int, width: int) -> Tensor:
 
 
 def aligned_sum(parts: Sequence[Part]) -> Tensor:
-    """The sum of int32 tensors of different exponents: int32, to a power of 2, which does not count.
+    """The sum of int32 tensors of different exponents: int32, up to a power of 2.
 
     Units of the sum are 2^-16 of the largest unit; what is smaller is cut off toward zero, and so
     is what lies below the 30 highest bits of the result.

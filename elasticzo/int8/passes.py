@@ -10,9 +10,8 @@ from torch import Tensor
 
 from elasticzo.int8.layers import Block
 from elasticzo.int8.network import Int8Network
-from elasticzo.int8.products import int8_matmul, int8_paired_conv2d, int8_paired_linear
 from elasticzo.int8.tensor import Int8Tensor
-from zo_kernels import int8_range, int8_requantize
+from zo_kernels import int8_paired_conv2d, int8_paired_linear, int8_range, int8_requantize
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,9 @@ class Forward:
         if layer.convolution:
             acc, bits = self._convolution(block, x, key, settings, keeps, places, shapes)
         else:
-            acc, bits = int8_paired_linear(x.q, layer.weight, key, **settings)
+            acc, bits = int8_paired_linear(
+                x.q, layer.weight, key, relu=block.relu, **settings
+            )
             shapes.append(acc.shape)
         q, exponent = int8_requantize(
             acc,
@@ -118,7 +119,6 @@ class Forward:
             x.exponent,
             weight_exponent=layer.exponent,
             halves=halves,
-            relu=block.relu,
             backend=self.backend,
         )
         q = q.flatten(1) if block.flatten else q
@@ -176,4 +176,4 @@ def _repeated(x: Int8Tensor, halves: int) -> Int8Tensor:
     return Int8Tensor(x.q.repeat(n, *[1] * (x.q.ndim - 1)), x.exponent.expand(halves))
 
 
-__all__ = ["Forward", "Kept", "Noise", "Tape", "int8_matmul"]
+__all__ = ["Forward", "Kept", "Noise", "Tape"]

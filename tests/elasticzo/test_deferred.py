@@ -45,7 +45,9 @@ class Words(nn.Module):
 def setup(net: str, defer: bool, tail: Any = 1, **kwargs: Any) -> tuple[ElasticZO, ZOSGD, Any]:
     torch.manual_seed(0)
     noise = {"eps": 0.1} if net == "bf16" else {}
-    model = ElasticZO(NETS[net](), tail=tail, **noise, **kwargs).train()
+    on_gpu = kwargs.get("backend") == "triton" and torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    model = ElasticZO(NETS[net]().to(device), tail=tail, **noise, **kwargs).train()
     zo = ZOSGD(model, lr=1e-2, weight_decay=0.01, defer=defer)
     sgd = model.tail_optimizer(torch.optim.SGD, lr=0.05, momentum=0.9)
     return model, zo, sgd
@@ -61,7 +63,7 @@ def batch(net: str, i: int) -> tuple[Tensor, Tensor]:
 
 def step(parts: tuple[ElasticZO, ZOSGD, Any], net: str, i: int) -> Tensor:
     model, zo, sgd = parts
-    x, y = batch(net, i)
+    x, y = (t.to(model._key.device) for t in batch(net, i))
     losses = pair_losses(F.cross_entropy, model(x), y)
     model.backward(losses)
     sgd.step()
@@ -73,9 +75,6 @@ def step(parts: tuple[ElasticZO, ZOSGD, Any], net: str, i: int) -> Tensor:
 def same_state(a: nn.Module, b: nn.Module) -> bool:
     mine, other = a.state_dict(), b.state_dict()
     return all(torch.equal(mine[k], other[k]) for k in mine) and mine.keys() == other.keys()
-
-
-BACKENDS = ["reference", "numba", "triton"]
 
 
 @pytest.mark.parametrize("pairing", ["stacked", "sequential"])

@@ -27,6 +27,7 @@ from elasticzo.verify import circumstances
 
 pytest.importorskip("triton")
 META = torch.device("meta")
+ON_META = pytest.mark.skipif(torch.cuda.is_available(), reason="stands for a device: use it")
 MODULES = [
     importlib.import_module(f"zo_kernels.{found.name}")
     for found in pkgutil.iter_modules(zo_kernels.__path__)
@@ -124,6 +125,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any]]]
 }
 
 
+@ON_META
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
 @pytest.mark.parametrize("tail", [0, 1])
 @pytest.mark.parametrize("case", CASES)
@@ -156,6 +158,7 @@ def test_a_step_waits_for_nothing(
     assert len(launches) == 3 * first
 
 
+@ON_META
 def test_what_it_looks_for_is_found(launches: list[str]) -> None:
     t = torch.empty(3, device=META)
     with pytest.raises(AssertionError, match="moves data"), HostTraffic():

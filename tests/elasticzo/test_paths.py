@@ -61,6 +61,8 @@ class Residual(nn.Module):
 
 
 NETS: dict[str, Callable[[], nn.Module]] = {"lenet": Small, "residual": Residual}
+# Where kernels run: a device, or the CPU with Triton's interpreter.
+GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 X = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 Y = torch.tensor([0, 1, 2, 3])
 
@@ -71,18 +73,19 @@ def train(
     """Losses of two steps `[2, 2Q]`, and the model behind them."""
     torch.manual_seed(0)
     defer = settings.pop("defer", False)
-    model = ElasticZO(NETS[net]().to(dtype), tail=1, eps=1e-2, seed=3, **settings).train()
+    device = GPU if settings.get("backend") == "triton" else torch.device("cpu")
+    model = ElasticZO(NETS[net]().to(device, dtype), tail=1, eps=1e-2, seed=3, **settings).train()
     zo = ZOSGD(model, lr=1e-2, defer=defer)
     sgd = model.tail_optimizer(torch.optim.SGD, lr=0.1)
     history = []
     for _ in range(2):
-        losses = pair_losses(F.cross_entropy, model(X.to(dtype)), Y)
+        losses = pair_losses(F.cross_entropy, model(X.to(device, dtype)), Y.to(device))
         model.backward(losses)
         sgd.step()
         sgd.zero_grad()
         zo.step(losses)
-        history.append(losses.detach())
-    return torch.stack(history), model
+        history.append(losses.detach().cpu())
+    return torch.stack(history), model.cpu()
 
 
 @needs_triton
@@ -118,8 +121,8 @@ def test_the_first_step_takes_the_path_of_the_others() -> None:
     """Resuming starts with a first forward: its bits must be those of a later one."""
     run = {"backend": "triton", "path": "fused", "queries": 2}
     torch.manual_seed(0)
-    model = ElasticZO(Small(), tail=0, eps=1e-2, **run).train()
-    first, second = model(X), model(X)
+    model = ElasticZO(Small().to(GPU), tail=0, eps=1e-2, **run).train()
+    first, second = model(X.to(GPU)), model(X.to(GPU))
     assert torch.equal(first, second)
 
 
@@ -135,16 +138,17 @@ def test_a_kernel_takes_relu_and_pooling_along(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(elasticzo.paired, "paired_conv2d", spy)
     relus: list[str] = []
     torch.manual_seed(0)
-    model = ElasticZO(Small(), tail=0, eps=1e-2, backend="triton", path="fused").train()
-    model(X)  # watched: every module runs
+    model = ElasticZO(Small().to(GPU), tail=0, eps=1e-2, backend="triton", path="fused").train()
+    x = X.to(GPU)
+    model(x)  # watched: every module runs
     assert len(calls) == 2 and all(
         layer.kind != "fallback" for layer in model._plan.layers.values()
     )
     calls.clear()
-    y = model(X)
+    y = model(x)
     assert calls == [(True, True), (True, True)]
     handle = model.module[1].register_forward_hook(lambda *a: relus.append("seen"))
-    watched = model(X)
+    watched = model(x)
     handle.remove()
     assert relus == ["seen"]  # a hook sees its module run
     torch.testing.assert_close(y, watched)
@@ -159,11 +163,11 @@ def test_chunks_do_not_show(noise: str, defer: bool, monkeypatch: pytest.MonkeyP
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(20, 300), nn.ReLU(), nn.Linear(300, 5))
         given = {"backend": "triton", "path": "staged", "noise": noise, "eps": 1e-2}
-        model = ElasticZO(net, tail=0, **given).train()
+        model = ElasticZO(net.to(GPU), tail=0, **given).train()
         zo = ZOSGD(model, lr=1e-2, defer=defer)
-        x = torch.randn(4, 20, generator=torch.Generator().manual_seed(0))
+        x = torch.randn(4, 20, generator=torch.Generator().manual_seed(0)).to(GPU)
         for _ in range(3):
-            losses = pair_losses(F.cross_entropy, model(x), Y)
+            losses = pair_losses(F.cross_entropy, model(x), Y.to(GPU))
             zo.step(losses)
         return losses, model.state_dict()
 

@@ -9,6 +9,12 @@ from zo_kernels.cpu.int8 import (
     integer_projected_sign,
     integer_softmax_error,
 )
+from zo_kernels.cpu.int8_paired_conv1d import int8_paired_conv1d
+from zo_kernels.cpu.int8_products import (
+    int8_matmul,
+    int8_paired_conv2d,
+    int8_paired_linear,
+)
 from zo_kernels.cpu.ops import perturb_, perturbed_weights, sample, update_
 from zo_kernels.cpu.paired_batch_norm import paired_batch_norm
 from zo_kernels.cpu.paired_conv1d import paired_conv1d
@@ -19,6 +25,10 @@ from zo_kernels.cpu.paired_linear import paired_linear
 from zo_kernels.cpu.stage import stage_
 
 __all__ = [
+    "int8_matmul",
+    "int8_paired_conv1d",
+    "int8_paired_conv2d",
+    "int8_paired_linear",
     "int8_perturbed_weights",
     "int8_range",
     "int8_requantize",

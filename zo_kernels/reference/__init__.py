@@ -1,5 +1,9 @@
 """The same ops in plain torch, file for file: the specification. Imports no Triton."""
 
+from zo_kernels.reference.int8_matmul import int8_matmul
+from zo_kernels.reference.int8_paired_conv1d import int8_paired_conv1d
+from zo_kernels.reference.int8_paired_conv2d import int8_paired_conv2d
+from zo_kernels.reference.int8_paired_linear import int8_paired_linear
 from zo_kernels.reference.int8_perturbed_weights import int8_perturbed_weights
 from zo_kernels.reference.int8_range import int8_range
 from zo_kernels.reference.int8_requantize import int8_requantize
@@ -23,6 +27,10 @@ from zo_kernels.reference.stage import stage_
 from zo_kernels.reference.update import update_
 
 __all__ = [
+    "int8_matmul",
+    "int8_paired_conv1d",
+    "int8_paired_conv2d",
+    "int8_paired_linear",
     "int8_perturbed_weights",
     "int8_range",
     "int8_requantize",
