@@ -109,9 +109,7 @@ class Forward:
         if layer.convolution:
             acc, bits = self._convolution(block, x, key, settings, keeps, places, shapes)
         else:
-            acc, bits = int8_paired_linear(
-                x.q, layer.weight, key, relu=block.relu, **settings
-            )
+            acc, bits = int8_paired_linear(x.q, layer.weight, key, relu=block.relu, **settings)
             shapes.append(acc.shape)
         q, exponent = int8_requantize(
             acc,

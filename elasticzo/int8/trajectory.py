@@ -50,9 +50,7 @@ class Int8TrajectoryLog:
         row = self._ring[len(self._settings)]
         row[0], row[1:] = step, signs
         model = self.zo.model
-        self._settings.append(
-            {"r_max": model.r_max, "p_zero": model.p_zero, "b_zo": self.zo.b_zo}
-        )
+        self._settings.append({"r_max": model.r_max, "p_zero": model.p_zero, "b_zo": self.zo.b_zo})
 
     def drain(self) -> None:
         """Write the collected steps and flush them to the disk."""
