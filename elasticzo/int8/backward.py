@@ -109,7 +109,7 @@ def weight_gradient(layer: Int8Layer, error: Tensor, x: Tensor, backend: str) ->
         int8_matmul(e.t().contiguous(), part.contiguous(), backend=backend)[0].view(
             layer.weight.shape
         )
-        for e, part in zip(error.split(MAX_ROWS), x.split(MAX_ROWS), strict=True)
+        for e, part in zip(torch.split(error, MAX_ROWS), torch.split(x, MAX_ROWS), strict=True)
     ]
 
 
