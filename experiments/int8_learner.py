@@ -34,8 +34,8 @@ def build_int8_network(config: TrainConfig) -> ElasticZOInt8:
             if name in frozen:
                 p.requires_grad_(False)
         tail = "all"  # one pass: there is nothing to perturb
-    model = ElasticZOInt8(
-        net,
+    return ElasticZOInt8(
+        net.to(config.device),
         tail,
         r_max=config.r_max[0],
         p_zero=config.p_zero[0],
@@ -47,7 +47,6 @@ def build_int8_network(config: TrainConfig) -> ElasticZOInt8:
         pairing=config.pairing,
         scale=config.scale,
     )
-    return model.to(config.device)
 
 
 class Images:

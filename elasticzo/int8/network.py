@@ -30,6 +30,7 @@ class Int8Network(nn.Module):
 
     def __init__(self, model: nn.Module, drop_biases: bool = False) -> None:
         super().__init__()
+        self.tree = nn.Module()  # a name space of its own: a layer may be called as it likes
         self.before: list[Pool | str] = []  # what precedes the first weight
         self.blocks: list[Block] = []
         leaves = list(_leaves(model))
@@ -45,7 +46,7 @@ class Int8Network(nn.Module):
                 layer = Int8Layer(
                     quantize_weight(weight), len(self.blocks), *_geometry(name, module)
                 )
-                _put(self, name, layer)
+                _put(self.tree, name, layer)
                 self.blocks.append(Block(name, layer))
             elif isinstance(module, NORMS):
                 if place == 0 or not isinstance(leaves[place - 1][1], WEIGHTS):
@@ -56,6 +57,7 @@ class Int8Network(nn.Module):
                 self._follow(name, module)
         if not self.blocks:
             raise ValueError("the model has no Linear, Conv1d or Conv2d")
+        self.layers = {block.name: block.layer for block in self.blocks}
 
     def _follow(self, name: str, module: nn.Module) -> None:
         """A module without weights, behind the last block."""
@@ -74,26 +76,8 @@ class Int8Network(nn.Module):
         else:
             block.flatten = True
 
-    @property
-    def layers(self) -> dict[str, Int8Layer]:
-        """By the name of the float module."""
-        return {block.name: block.layer for block in self.blocks}
-
     def forward(self, *args: Any) -> Any:
         raise RuntimeError("an Int8Network runs inside ElasticZOInt8")
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Int8Network:
-        return _copied(self, memo)
-
-
-def _copied(network: Int8Network, memo: dict[int, Any]) -> Int8Network:
-    """Blocks refer to the copied layers."""
-    import copy
-
-    new = Int8Network.__new__(Int8Network)
-    memo[id(network)] = new
-    new.__dict__.update(copy.deepcopy(network.__dict__, memo))
-    return new
 
 
 def _leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

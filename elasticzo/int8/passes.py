@@ -121,8 +121,7 @@ class Forward:
         )
         q = q.flatten(1) if block.flatten else q
         if keeps:
-            kept = x if not shared else _repeated(x, halves)
-            self.tape.kept[block.name] = Kept(kept, q, shapes, places)
+            self.tape.kept[block.name] = Kept(x, q, shapes, places)
         return Int8Tensor(q, exponent)
 
     def _convolution(
@@ -167,11 +166,6 @@ class Forward:
                 acc, halves=settings["stop"] - settings["start"], backend=self.backend
             )
         return acc, bits
-
-
-def _repeated(x: Int8Tensor, halves: int) -> Int8Tensor:
-    n = halves // len(x.exponent)
-    return Int8Tensor(x.q.repeat(n, *[1] * (x.q.ndim - 1)), x.exponent.expand(halves))
 
 
 __all__ = ["Forward", "Kept", "Noise", "Tape"]

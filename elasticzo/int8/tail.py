@@ -51,7 +51,10 @@ class Int8Tail:
         for name, w in model.named_tail_parameters():
             gradient = model.gradients.pop(name, None)
             if gradient is None:
-                raise RuntimeError("bp.step without model.backward since the last step")
+                raise RuntimeError(
+                    "bp.step without model.backward since the last step (zo.step ends a step: it "
+                    "comes last)"
+                )
             bits = int8_range(gradient, backend=model.backend)
             update, _ = int8_requantize(
                 gradient,

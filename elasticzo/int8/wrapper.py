@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,19 +12,12 @@ from elasticzo.cut import Tail, resolve_cut
 from elasticzo.int8.backward import aligned_sum, half_gradients
 from elasticzo.int8.network import Int8Network
 from elasticzo.int8.passes import Forward, Noise, Tape
+from elasticzo.int8.settings import check_order, check_settings, check_state, resolve_scale
 from elasticzo.int8.tail import Int8Tail
 from elasticzo.int8.tensor import Int8Tensor, check_input
-from zo_kernels import (
-    BACKENDS,
-    integer_cross_entropy,
-    integer_softmax_error,
-    resolve_backend,
-)
-from zo_kernels._int8 import MAX_FRACTION_BITS, check_sparse
-from zo_kernels._lib import MAX_QUERIES
+from zo_kernels import integer_cross_entropy, integer_softmax_error, resolve_backend
+from zo_kernels._int8 import check_sparse, check_target
 
-LOSSES = ("integer", "float")
-PAIRINGS = ("stacked", "sequential")
 SOURCES = ("plus", "minus", "mean")
 
 
@@ -73,7 +65,7 @@ class ElasticZOInt8(nn.Module):
         drop_biases: bool = False,
     ) -> None:
         super().__init__()
-        _check_settings(queries, seed, fraction_bits, loss, backend, pairing)
+        check_settings(queries, seed, fraction_bits, loss, backend, pairing)
         self.network = Int8Network(model, drop_biases)
         self.cut = resolve_cut(model, tail)
         self.queries, self.fraction_bits, self.loss = queries, fraction_bits, loss
@@ -82,7 +74,8 @@ class ElasticZOInt8(nn.Module):
         self._of = dict(zip(names, self.network.layers, strict=True))
         self._head = [name for name in names if name in self.cut.head_parameters]
         self._tail = [name for name in names if name in self.cut.tail_parameters]
-        self._scale = _resolve_scale(self._head, scale)
+        check_order(names, self._head, self._tail)
+        self._scale = resolve_scale(self._head, scale)
         self._wanted_backend = backend
         self._backend = backend  # resolved by `_to`
         self._key = torch.tensor([seed, 0], dtype=torch.int64)
@@ -95,8 +88,9 @@ class ElasticZOInt8(nn.Module):
         self.gradients: dict[str, Tensor] = {}
         self._r_max, self._p_zero = 1, 0.0
         self.set_noise(r_max, p_zero)
-        self._to(torch.device("cpu"))
-        self.to(next(model.parameters()).device)
+        device = next(model.parameters()).device
+        self.network.to(device)
+        self._to(device)
 
     # ---- what it is
 
@@ -217,6 +211,8 @@ class ElasticZOInt8(nn.Module):
             return integer_cross_entropy(
                 logits.q, logits.exponent, y, fraction_bits=self.fraction_bits, backend=self.backend
             )
+        if y.device.type == "cpu":
+            check_target(y, logits.q.shape[2])
         values = logits.dequantize().log_softmax(2)
         label = y.reshape(1, -1, 1).expand(values.shape[0], -1, 1)
         return -values.gather(2, label).sum((1, 2))
@@ -281,13 +277,14 @@ class ElasticZOInt8(nn.Module):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """int8 weights and int32 exponents, under the names of the float model's modules."""
-        return self.network.state_dict(*args, **kwargs)
+        return self.network.tree.state_dict(*args, **kwargs)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
+        check_state(state_dict, self.network.tree.state_dict())
         self.forget_forwards()
-        return self.network.load_state_dict(state_dict, strict=strict, assign=assign)
+        return self.network.tree.load_state_dict(state_dict, strict=strict, assign=assign)
 
     def _apply(self, fn: Any, recurse: bool = True) -> ElasticZOInt8:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -299,39 +296,6 @@ class ElasticZOInt8(nn.Module):
             setattr(self, name, getattr(self, name).to(device))
         self._backend = resolve_backend(self._wanted_backend, device)
         self.forget_forwards()
-
-
-def _resolve_scale(head: list[str], scale: Mapping[str, float] | None) -> dict[str, float]:
-    found = dict.fromkeys(head, 1.0)
-    for pattern, s in (scale or {}).items():
-        matched = fnmatch.filter(head, pattern)
-        if not matched:
-            names = ", ".join(head) or "none"
-            raise ValueError(f"scale must match weights of the head ({names}), got {pattern!r}")
-        if not 0.0 <= s < float("inf"):
-            raise ValueError(f"scale of {pattern!r} must be in [0, inf), got {s}")
-        found |= dict.fromkeys(matched, float(s))
-    return found
-
-
-def _check_settings(
-    queries: int, seed: int, fraction_bits: int, loss: str, backend: str, pairing: str
-) -> None:
-    if not (isinstance(queries, int) and 1 <= queries < MAX_QUERIES):
-        raise ValueError(f"queries must be an integer in [1, 2^24), got {queries!r}")
-    if not (isinstance(seed, int) and 0 <= seed < 1 << 63):
-        raise ValueError(f"seed must be an integer in [0, 2^63), got {seed!r}")
-    if not (isinstance(fraction_bits, int) and 0 <= fraction_bits <= MAX_FRACTION_BITS):
-        raise ValueError(
-            f"fraction_bits must be an integer in [0, {MAX_FRACTION_BITS}], got {fraction_bits!r}"
-        )
-    for name, value, known in (
-        ("loss", loss, LOSSES),
-        ("backend", backend, BACKENDS),
-        ("pairing", pairing, PAIRINGS),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {known}, got {value!r}")
 
 
 __all__ = ["ElasticZOInt8"]
