@@ -86,7 +86,8 @@ def _leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
     def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
-            for child, inner in module.named_children():
+            for child, inner in module._modules.items():
+                assert inner is not None
                 yield from walk(inner, f"{name}.{child}" if name else child)
             return
         if type(module) not in KNOWN:
