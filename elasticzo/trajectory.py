@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,12 +52,7 @@ class TrajectoryLog:
         self._groups = len(zo.param_groups)
         self._ring = torch.zeros(capacity, width, dtype=torch.float64, device=model._key.device)
         self._filled = 0
-        if resume and self.path.exists():
-            self._cut_back(model.step_index)
-        else:
-            if self.path.exists():
-                raise FileExistsError(f"{self.path} exists; give another path, or resume=True")
-            _write_whole(self.path, json.dumps(self.header) + "\n")
+        self.header = open_log(self.path, self.header, resume, model.step_index)
         zo.attach(self)
 
     def record(
@@ -77,7 +72,7 @@ class TrajectoryLog:
         """Write the collected steps and flush them to the disk."""
         if self._filled == 0:
             return
-        lines = []
+        records = []
         for row in self._ring[: self._filled].tolist():
             values, groups = row[2:], self._groups
             record = {
@@ -87,26 +82,47 @@ class TrajectoryLog:
                 "losses": values[2 * groups :],
                 "skipped": int(row[1]),
             }
-            lines.append(json.dumps(record) + "\n")
-        with self.path.open("a") as file:
-            file.write("".join(lines))
-            file.flush()
-            os.fsync(file.fileno())
+            records.append(record)
+        append_records(self.path, records)
         self._filled = 0
 
-    def _cut_back(self, step: int) -> None:
-        header, records = read_trajectory(self.path)
-        # Where a log began and with which packages is for the reader; the rest makes the run.
-        settings = [k for k in self.header if k not in ("start", "versions")]
-        keys = [k for k in settings if self.header[k] != header.get(k)]
-        if keys:
-            raise ValueError(f"{self.path} is the log of another run: {', '.join(keys)} differ")
-        self.header = header
-        kept = [r for r in records if r["step"] < step]
-        missing = set(range(header["start"], step)) - {r["step"] for r in kept}
-        if missing:
-            raise ValueError(f"{self.path} has no record of step {min(missing)}: it cannot go on")
-        _write_whole(self.path, "".join(json.dumps(r) + "\n" for r in [header, *kept]))
+
+def open_log(path: Path, header: dict[str, Any], resume: bool, step: int) -> dict[str, Any]:
+    """Begin a log, or cut the one that is there back to the records before `step`.
+
+    Returns: the header of the file.
+    """
+    if not (resume and path.exists()):
+        if path.exists():
+            raise FileExistsError(f"{path} exists; give another path, or resume=True")
+        _write_whole(path, json.dumps(header) + "\n")
+        return header
+    found, records = read_trajectory(path, header["format"])
+    # Where a log began and with which packages is for the reader; the rest makes the run.
+    settings = [k for k in header if k not in ("start", "versions")]
+    keys = [k for k in settings if header[k] != found.get(k)]
+    if keys:
+        raise ValueError(f"{path} is the log of another run: {', '.join(keys)} differ")
+    kept = [r for r in records if r["step"] < step]
+    missing = set(range(found["start"], step)) - {r["step"] for r in kept}
+    if missing:
+        raise ValueError(f"{path} has no record of step {min(missing)}: it cannot go on")
+    _write_whole(path, "".join(json.dumps(r) + "\n" for r in [found, *kept]))
+    return found
+
+
+def append_records(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Write lines to the disk."""
+    with path.open("a") as file:
+        file.write("".join(json.dumps(record) + "\n" for record in records))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def package_versions() -> dict[str, str]:
+    """Of the packages that a log names."""
+    names = ("torch", "triton", "numpy", "numba", "elasticzo")
+    return {name: version(name) for name in names if _installed(name)}
 
 
 def _header(zo: ZOSGD) -> dict[str, Any]:
@@ -134,11 +150,7 @@ def _header(zo: ZOSGD) -> dict[str, Any]:
         "clip": zo.clip,
         "head": head,
         "backend": model.backend,
-        "versions": {
-            name: version(name)
-            for name in ("torch", "triton", "numpy", "numba", "elasticzo")
-            if _installed(name)
-        },
+        "versions": package_versions(),
     }
 
 
@@ -150,7 +162,9 @@ def _installed(name: str) -> bool:
     return True
 
 
-def read_trajectory(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def read_trajectory(
+    path: str | Path, log_format: str = FORMAT
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Header and records of a log; a last line that was cut off by a crash is left out.
 
     Raises: FileNotFoundError, ValueError for a file that is no log.
@@ -159,10 +173,10 @@ def read_trajectory(path: str | Path) -> tuple[dict[str, Any], list[dict[str, An
     lines = path.read_text().splitlines(keepends=True)
     try:
         header = json.loads(lines[0])
-        if header["format"] != FORMAT:
+        if header["format"] != log_format:
             raise ValueError
     except (IndexError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a trajectory log ({FORMAT})") from error
+        raise ValueError(f"{path} is not a trajectory log ({log_format})") from error
     return header, list(_records(path, lines[1:]))
 
 
@@ -257,4 +271,11 @@ def _write_whole(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-__all__ = ["TrajectoryLog", "read_trajectory", "replay"]
+__all__ = [
+    "TrajectoryLog",
+    "append_records",
+    "open_log",
+    "package_versions",
+    "read_trajectory",
+    "replay",
+]

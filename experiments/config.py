@@ -47,7 +47,8 @@ class TrainConfig:
     """Learning rate of the head, >= 0: w -= lr * g * z."""
     scale: dict[str, float] | None = None
     """Per-layer scale s >= 0 of the perturbation by name pattern, e.g. --scale 'conv1.*' 2 'fc*' 0;
-    the last pattern that matches wins; 0 leaves a layer alone."""
+    the last pattern that matches wins; 0 leaves a layer alone. int8: of the share of weights that
+    is perturbed."""
     clip: float | None = None
     """Bound on |g|, > 0, in loss per unit of z; inf is unbounded."""
     head_weight_decay: float = 0.0
@@ -91,8 +92,24 @@ class TrainConfig:
 
     device: str = "auto"
     """auto (cuda where there is one), cpu, cuda or cuda:<n>."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """fp32, or autocast to bf16 (weights, update and perturbation stay fp32)."""
+    precision: Literal["fp32", "bf16", "int8"] = "fp32"
+    """fp32, autocast to bf16 (weights, update and perturbation stay fp32), or int8: integers only,
+    ElasticZO-INT8, for lenet5; what follows is for int8 alone, rates and eps for the others."""
+    r_max: tuple[int, ...] | None = None
+    """int8: largest perturbation of a weight, in [1, 127]. Of several values each serves an equal
+    part of the run: --r-max 31 15 7."""
+    p_zero: tuple[float, ...] | None = None
+    """int8: share in [0, 1) of the weights that a step leaves alone; several as for r_max."""
+    b_zo: tuple[int, ...] | None = None
+    """int8: bits of an update of the head, in [0, 31]; several as for r_max."""
+    b_bp: tuple[int, ...] | None = None
+    """int8: bits of an update of the tail, in [0, 7]; several as for r_max."""
+    logit_shift: int | None = None
+    """int8: the last layer's first weights are divided by 2 to this power, in [0, 16]."""
+    loss: Literal["integer", "float"] | None = None
+    """int8: cross-entropy in fixed point, or in float64 for comparison (its sign is used alone)."""
+    fraction_bits: int | None = None
+    """int8: fractional bits of the integer loss, in [0, 16]."""
     pairing: Literal["stacked", "sequential"] = "stacked"
     """Both halves as one batch, or one after the other (memory of inference)."""
     backend: Literal["auto", "triton", "numba", "reference"] = "auto"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from elasticzo import ZOSGD, ElasticZO, pair_losses
+from elasticzo import ZOSGD, ElasticZO, TrajectoryLog, pair_losses
 from elasticzo.cut import resolve_cut
 from elasticzo.data import ImageData, epoch_order, load_images
 from experiments.config import TrainConfig
@@ -78,6 +78,21 @@ def build_network(config: TrainConfig) -> ElasticZO:
     )
 
 
+class BatchOrder:
+    """Which images a step sees: another order every epoch, decided by the seed."""
+
+    def __init__(self, images: int, size: int, seed: int, device: torch.device) -> None:
+        self.images, self.size, self.seed, self.device = images, size, seed, device
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    def __call__(self, step: int) -> Tensor:
+        epoch, place = divmod(step, self.images // self.size)
+        if self._order[0] != epoch:
+            order = epoch_order(self.images, self.seed, epoch)
+            self._order = (epoch, order.to(self.device))
+        return self._order[1][place * self.size : (place + 1) * self.size]
+
+
 class Learner:
     """What a run learns with.
 
@@ -104,7 +119,7 @@ class Learner:
         self.losses = torch.zeros(self.model.halves, device=self.device)
         # Sum of the mean losses since the last line of the log, and how many were finite.
         self.sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+        self.order = BatchOrder(len(data.train_x), config.batch_size, config.seed, self.device)
 
     def _tail_optimizer(self) -> torch.optim.Optimizer | None:
         if not any(True for _ in self.model.tail_parameters()):
@@ -157,12 +172,7 @@ class Learner:
             group["lr"] = tail
 
     def _batch(self) -> tuple[Tensor, Tensor]:
-        epoch, place = divmod(self.step_index, self.steps_per_epoch)
-        if self._order[0] != epoch:
-            order = epoch_order(len(self.data.train_x), self.config.seed, epoch)
-            self._order = (epoch, order.to(self.device))
-        size = self.config.batch_size
-        chosen = self._order[1][place * size : (place + 1) * size]
+        chosen = self.order(self.step_index)
         return self.data.normalized(self.data.train_x[chosen]), self.data.train_y[chosen]
 
     def _autocast(self) -> AbstractContextManager[Any]:
@@ -206,6 +216,10 @@ class Learner:
             warnings.simplefilter("ignore")
             return self.zo.skipped
 
+    def trajectory(self, path: Path) -> TrajectoryLog:
+        """The log of this run, begun or gone on with."""
+        return TrajectoryLog(path, self.zo, resume=True)
+
     def probe(self) -> None:
         """One training forward that changes nothing: what a model refuses, it refuses now."""
         state = self.state()
@@ -240,4 +254,4 @@ class Learner:
         self.step_index = int(state["step"])
 
 
-__all__ = ["Learner", "build_network", "load_data"]
+__all__ = ["TEST_BATCH", "BatchOrder", "Learner", "build_network", "load_data"]

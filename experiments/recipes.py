@@ -80,6 +80,34 @@ RECIPES: Mapping[str, Mapping[str, Recipe]] = {
     },
 }
 
+
+@dataclass(frozen=True)
+class Int8Recipe:
+    """Settings of one method with precision int8; see `TrainConfig`."""
+
+    init: str = "orthogonal"
+    r_max: tuple[int, ...] = (15,)
+    p_zero: tuple[float, ...] = (0.9,)
+    b_zo: tuple[int, ...] = (0,)
+    b_bp: tuple[int, ...] = (3, 2, 1)
+    logit_shift: int = 2
+    scale: Mapping[str, float] = field(default_factory=lambda: {"fc1.*": 0.1})
+    tail_source: str = "plus"
+    loss: str = "integer"
+    fraction_bits: int = 12
+
+
+INT8_RECIPES: Mapping[str, Mapping[str, Int8Recipe]] = {
+    "lenet5": {
+        "full-zo": Int8Recipe(),
+        "cls2": Int8Recipe(),
+        "cls1": Int8Recipe(),
+        "full-bp": Int8Recipe(),
+        "frozen-cls2": Int8Recipe(),
+        "frozen-cls1": Int8Recipe(),
+    },
+}
+
 EPOCHS: Mapping[str, int] = {"digits": 60, "mnist": 6, "fashion-mnist": 6}
 BF16_EPS = 1e-2  # the least by default: bf16 keeps 8 bits of a weight
 
@@ -89,4 +117,15 @@ def base_method(method: str) -> str:
     return method.removeprefix("frozen-")
 
 
-__all__ = ["BF16_EPS", "EPOCHS", "METHODS", "MODELS", "RECIPES", "TAILS", "Recipe", "base_method"]
+__all__ = [
+    "BF16_EPS",
+    "EPOCHS",
+    "INT8_RECIPES",
+    "METHODS",
+    "MODELS",
+    "RECIPES",
+    "TAILS",
+    "Int8Recipe",
+    "Recipe",
+    "base_method",
+]

@@ -16,6 +16,7 @@ from elasticzo.cut import resolve_cut
 from elasticzo.data import ImageData
 from elasticzo.models import LeNet5, ResNet20
 from experiments.config import NOT_IDENTITY, TrainConfig
+from experiments.int8_config import NO_INT8, check_int8, int8_recipe, refuse_int8_fields
 from experiments.recipes import BF16_EPS, EPOCHS, RECIPES, TAILS, base_method
 from zo_kernels import resolve_backend
 
@@ -63,6 +64,9 @@ def resolve(config: TrainConfig) -> TrainConfig:
     Raises: ValueError that says which field expected what, and what came.
     """
     check(config)
+    if config.precision == "int8":
+        return _resolve_int8(config)
+    refuse_int8_fields(config)
     recipe = RECIPES[config.model][config.method]
     tail = resolve_tail(config)
     device = _device(config.device)
@@ -77,15 +81,38 @@ def resolve(config: TrainConfig) -> TrainConfig:
         "eps": max(recipe.eps, BF16_EPS) if config.precision == "bf16" else recipe.eps,
         "tail_lr": recipe.tail_lr[optimizer],
         "tail_momentum": 0.9 if optimizer == "sgd" else 0.0,
-        "epochs": EPOCHS[config.data],
-        "threads": torch.get_num_threads() if device.type == "cpu" else None,
-        "out": Path("runs") / f"{config.data}-{config.model}-{config.method}-{config.seed}",
+        **NO_INT8,
+        **_places(config, device),
     }
     filled = {k: v for k, v in filled.items() if getattr(config, k) is None}
     filled |= {
         "tail": tail,
         "scale": _scale(config, tail, dict(recipe.scale)),
         "tail_optimizer": optimizer,
+        "device": str(device),
+        "backend": resolve_backend(config.backend, device),
+    }
+    return replace(config, **filled)
+
+
+def _places(config: TrainConfig, device: torch.device) -> dict[str, Any]:
+    """Defaults that no recipe decides."""
+    name = f"{config.data}-{config.model}-{config.method}-{config.seed}"
+    return {
+        "epochs": EPOCHS[config.data],
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "out": Path("runs") / (f"{name}-int8" if config.precision == "int8" else name),
+    }
+
+
+def _resolve_int8(config: TrainConfig) -> TrainConfig:
+    device, tail = _device(config.device), resolve_tail(config)
+    recipe = int8_recipe(config)
+    filled = {**recipe, **_places(config, device)}
+    filled = {k: v for k, v in filled.items() if getattr(config, k) is None}
+    filled |= {
+        "tail": tail,
+        "scale": _scale(config, tail, recipe["scale"]),
         "device": str(device),
         "backend": resolve_backend(config.backend, device),
     }
@@ -110,6 +137,8 @@ def check(config: TrainConfig) -> None:
             raise ValueError(
                 f"{name} must be in {brackets[0]}{low:g}, {high:g}{brackets[1]}, got {value}"
             )
+    if config.precision == "int8":
+        check_int8(config)
     if config.data != "digits" and config.data_dir is None:
         raise ValueError(
             f"data {config.data!r} is read from files: data_dir must name their folder"
@@ -153,6 +182,8 @@ def _scale(
     with torch.device("meta"):
         model = build_model(config.model)
     head = resolve_cut(model, library_tail(tail)).head_parameters
+    if config.precision == "int8":
+        head = tuple(name for name in head if name.endswith(".weight"))
     if config.method.startswith("frozen-"):
         head = ()
     given = config.scale if config.scale is not None else default

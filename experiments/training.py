@@ -13,9 +13,11 @@ from typing import Any
 import torch
 
 from elasticzo import TrajectoryLog
+from elasticzo.int8 import Int8TrajectoryLog
 from experiments.config import TrainConfig
 from experiments.environment import commit, hardware, peak_memory, versions
 from experiments.folder import CURVES, TENSORBOARD, TRAJECTORY, RunFolder
+from experiments.int8_learner import Int8Learner
 from experiments.learner import Learner, load_data
 from experiments.plots import draw_curves
 from experiments.report import Reporter
@@ -95,7 +97,8 @@ class Run:
         if self.device.type == "cuda":  # the same bits on every start
             torch.backends.cudnn.deterministic = True
             torch.backends.cudnn.benchmark = False
-        self.learner = Learner(self.config, load_data(self.config))
+        kind = Int8Learner if self.config.precision == "int8" else Learner
+        self.learner: Learner | Int8Learner = kind(self.config, load_data(self.config))
         self.learner.probe()
         if self.folder.state is not None:
             self._go_on(self.folder.state)
@@ -133,7 +136,7 @@ class Run:
             "commit": commit(),
         }
 
-    def _open_logs(self) -> TrajectoryLog | None:
+    def _open_logs(self) -> TrajectoryLog | Int8TrajectoryLog | None:
         step = self.learner.step_index
         if self.config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -144,7 +147,7 @@ class Run:
             True for _ in self.learner.model.head_parameters()
         ):
             return None
-        return TrajectoryLog(self.folder.path / TRAJECTORY, self.learner.zo, resume=True)
+        return self.learner.trajectory(self.folder.path / TRAJECTORY)
 
     # ---- the loop
 
@@ -223,7 +226,7 @@ class Run:
             if value is not None:
                 self._board.add_scalar(name, value, step)
 
-    def _save(self, log: TrajectoryLog | None) -> None:
+    def _save(self, log: TrajectoryLog | Int8TrajectoryLog | None) -> None:
         if log is not None:
             log.drain()
         if self._board is not None:

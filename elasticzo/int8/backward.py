@@ -1,0 +1,178 @@
+"""NITI's integer backward over the tail's blocks, one half at a time, and the sum over halves.
+
+Error of a block's input: `W^T err`, requantised to nearest as the forward's results are. Weight
+gradient: `err^T x` in int32, summed over the batch, at exponent `e_err + e_x`.
+
+NITI: Wang et al., arXiv:2009.13108.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from elasticzo.int8.layers import Block, Int8Layer
+from elasticzo.int8.passes import Kept
+from elasticzo.int8.tensor import Int8Tensor
+from zo_kernels import int8_matmul, int8_paired_conv2d, int8_requantize
+
+Part = tuple[Tensor, Tensor]  # int32 sums and their exponent, []
+MAX_ROWS = 1 << 17  # 127^2 2^17 < 2^31: rows of a product whose sums fit in int32
+ALIGNED_BITS = 16  # halves are summed in units of 2^-16 of the largest unit among them
+SUM_BITS = 30  # of a sum that is handed on in int32
+
+
+def part_of(t: Tensor, half: int, count: int) -> Tensor:
+    size = t.shape[0] // count
+    return t[half * size : (half + 1) * size]
+
+
+def half_gradients(
+    blocks: Sequence[Block],
+    kept: dict[str, Kept],
+    trained: frozenset[str],
+    error: Int8Tensor,
+    half: int,
+    count: int,
+    backend: str,
+) -> dict[str, list[Part]]:
+    """The gradients of the trained layers among the kept blocks, from one half.
+
+    Args:
+        blocks: all that were kept, in their order; the last one made the logits.
+        error: of the logits, `[B, C]` int8, exponent `[]`.
+    Returns: by name, products whose sum, exponents aligned, is the gradient.
+    """
+    found: dict[str, list[Part]] = {}
+    q, exponent = error.q, error.exponent
+    for block in reversed(blocks):
+        own = kept[block.name]
+        layer = block.layer
+        q = _to_accumulators(block, own, q, half, count)
+        if q.dtype != torch.int8:  # windows that overlap add up
+            q, exponent = int8_requantize(q, None, exponent, backend=backend)
+        x = part_of(own.x.q, half, count)
+        if block.name in trained:
+            e = exponent + own.x.exponent[half]
+            found[block.name] = [(g, e) for g in weight_gradient(layer, q, x, backend)]
+        if block is not blocks[0]:
+            acc, bits = input_error(layer, q, x, backend)
+            q, exponent = int8_requantize(
+                acc, bits, exponent, weight_exponent=layer.exponent, backend=backend
+            )
+    return found
+
+
+def _to_accumulators(block: Block, own: Kept, q: Tensor, half: int, count: int) -> Tensor:
+    """From the error of a block's output to that of its accumulators."""
+    if block.relu:
+        q = q * (part_of(own.out, half, count) > 0)
+    if block.flatten:
+        q = q.reshape(-1, *own.shapes[-1][1:])
+    for i in reversed(range(len(block.pools))):
+        pool, places = block.pools[i], part_of(own.places[i], half, count)
+        shape = torch.Size((len(q), *own.shapes[i][1:]))
+        routed = pool.route(q, places, shape)
+        apart = pool.window is None or (
+            pool.stride[0] >= pool.window[0] and pool.stride[1] >= pool.window[1]
+        )
+        q = routed.to(torch.int8) if apart and q.dtype == torch.int8 else routed
+    return q
+
+
+def windows(layer: Int8Layer, x: Tensor) -> Tensor:
+    """im2col: `[B, Ci, H, W]` -> `[B OH OW, Ci KH KW]`, int8."""
+    (kh, kw), (ph, pw) = layer.weight2d.shape[2:], layer.padding
+    (sh, sw), (dh, dw) = layer.stride, layer.dilation
+    padded = F.pad(x, (pw, pw, ph, ph))
+    batch, channels, height, width = padded.shape
+    oh = (height - dh * (kh - 1) - 1) // sh + 1
+    ow = (width - dw * (kw - 1) - 1) // sw + 1
+    s_b, s_c, s_h, s_w = padded.stride()
+    view = padded.as_strided(
+        (batch, oh, ow, channels, kh, kw), (s_b, s_h * sh, s_w * sw, s_c, s_h * dh, s_w * dw)
+    )
+    return view.reshape(batch * oh * ow, channels * kh * kw)
+
+
+def weight_gradient(layer: Int8Layer, error: Tensor, x: Tensor, backend: str) -> list[Tensor]:
+    """`err^T x`: int32 like the weight; more than one where int32 could not hold the sum."""
+    if layer.convolution:
+        if layer.weight.ndim == 3:
+            error, x = error.unsqueeze(2), x.unsqueeze(2)
+        x = windows(layer, x)
+        error = error.permute(0, 2, 3, 1).reshape(len(x), -1)
+    return [
+        int8_matmul(e.t().contiguous(), part.contiguous(), backend=backend)[0].view(
+            layer.weight.shape
+        )
+        for e, part in zip(torch.split(error, MAX_ROWS), torch.split(x, MAX_ROWS), strict=True)
+    ]
+
+
+def input_error(
+    layer: Int8Layer, error: Tensor, x: Tensor, backend: str
+) -> tuple[Tensor, Tensor | None]:
+    """`W^T err`: int32 like x, and the bits of it where they are known."""
+    if not layer.convolution:
+        return int8_matmul(error, layer.weight, backend=backend)
+    flat = layer.weight.ndim == 3
+    w = layer.weight2d
+    if flat:
+        error = error.unsqueeze(2)
+    height, width = (1, x.shape[2]) if flat else (x.shape[2], x.shape[3])
+    flipped = w.flip(2, 3).transpose(0, 1).contiguous()
+    spread = _spread(layer, error, height, width)
+    acc, bits = int8_paired_conv2d(
+        spread, flipped, None, start=0, stop=1, dilation=layer.dilation, backend=backend
+    )
+    return (acc.squeeze(2) if flat else acc), bits.reshape(())
+
+
+def _spread(layer: Int8Layer, error: Tensor, height: int, width: int) -> Tensor:
+    """Zeros between, around and behind the errors: what a plain convolution with the flipped weight
+    turns into the errors of the input."""
+    (kh, kw), (ph, pw) = layer.weight2d.shape[2:], layer.padding
+    (sh, sw), (dh, dw) = layer.stride, layer.dilation
+    batch, channels, oh, ow = error.shape
+    top, left = dh * (kh - 1) - ph, dw * (kw - 1) - pw
+    out = error.new_zeros(batch, channels, height + dh * (kh - 1), width + dw * (kw - 1))
+    out[:, :, top : top + sh * oh : sh, left : left + sw * ow : sw][:, :, :oh, :ow] = error
+    return out
+
+
+def aligned_sum(parts: Sequence[Part]) -> Tensor:
+    """The sum of int32 tensors of different exponents: int32, up to a power of 2.
+
+    Units of the sum are 2^-16 of the largest unit; what is smaller is cut off toward zero, and so
+    is what lies below the 30 highest bits of the result.
+    """
+    if len(parts) == 1:
+        return parts[0][0]
+    exponents = torch.stack([e for _, e in parts]).to(torch.int64)
+    shifts = exponents - (exponents.amax() - ALIGNED_BITS)
+    total = torch.zeros_like(parts[0][0], dtype=torch.int64)
+    for i, (g, _) in enumerate(parts):
+        total += shifted(g.to(torch.int64), shifts[i])
+    excess = (_bit_length(total.abs().amax()) - SUM_BITS).clamp_min(0)
+    return shifted(total, -excess).to(torch.int32)
+
+
+def shifted(x: Tensor, s: Tensor) -> Tensor:
+    """`x 2^s`, toward zero."""
+    left, right = s.clamp(0, 31), (-s).clamp(0, 63)
+    return x.sign() * ((x.abs() << left) >> right)
+
+
+def _bit_length(v: Tensor) -> Tensor:
+    n = torch.zeros_like(v)
+    for k in (32, 16, 8, 4, 2, 1):
+        step = ((v >> k) > 0).to(torch.int64) * k
+        n, v = n + step, v >> step
+    return n + v
+
+
+__all__ = ["aligned_sum", "half_gradients", "part_of"]

@@ -1,0 +1,87 @@
+"""The tail's integer update: a gradient's highest `b_bp` bits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from zo_kernels import int8_range, int8_requantize
+from zo_kernels._int8 import LIMIT, ROUNDINGS
+
+if TYPE_CHECKING:
+    from elasticzo.int8.wrapper import ElasticZOInt8
+
+MAX_BITS = 7
+
+
+class Int8Tail:
+    """`w = clip(w - R(G, bits(G) - b_bp))`: NITI's update of the tail; exponents play no part.
+
+    Args:
+        model: whose tail it trains.
+        b_bp: bits of an update, in [0, 7]; they play the learning rate. May change at any time.
+        rounding: R: "pseudo", "nearest" or "stochastic".
+    Source: NITI (arXiv:2009.13108).
+    """
+
+    def __init__(self, model: ElasticZOInt8, b_bp: int, rounding: str = "pseudo") -> None:
+        if rounding not in ROUNDINGS:
+            raise ValueError(f"rounding must be one of {tuple(ROUNDINGS)}, got {rounding!r}")
+        self.model = model
+        self.rounding = rounding
+        self.b_bp = b_bp
+
+    @property
+    def b_bp(self) -> int:
+        return self._b_bp
+
+    @b_bp.setter
+    def b_bp(self, value: int) -> None:
+        if not (isinstance(value, int) and 0 <= value <= MAX_BITS):
+            raise ValueError(f"b_bp must be an integer in [0, {MAX_BITS}], got {value!r}")
+        self._b_bp = value
+
+    def step(self) -> None:
+        """Update the tail from what `model.backward` left, which is then used up.
+
+        Raises: RuntimeError where there was no backward since the last step.
+        """
+        model = self.model
+        for name, w in model.named_tail_parameters():
+            gradient = model.gradients.pop(name, None)
+            if gradient is None:
+                raise RuntimeError(
+                    "bp.step without model.backward since the last step (zo.step ends a step: it "
+                    "comes last)"
+                )
+            bits = int8_range(gradient, backend=model.backend)
+            update, _ = int8_requantize(
+                gradient,
+                bits + (7 - self._b_bp),  # requantising shifts by bits - 7
+                model._zero,
+                rounding=self.rounding,
+                key=model._key,
+                tensor=model._layer(name).tensor,
+                backend=model.backend,
+            )
+            moved = w.to(torch.int16) - update
+            w.copy_(moved.clamp_(-LIMIT, LIMIT))
+
+    def zero_grad(self) -> None:
+        """Forget a backward that no step used."""
+        self.model.gradients.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"b_bp": self._b_bp, "rounding": self.rounding}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict["rounding"] != self.rounding:
+            raise ValueError(
+                f"the saved run differs: rounding was {state_dict['rounding']!r}, is "
+                f"{self.rounding!r}"
+            )
+        self.b_bp = int(state_dict["b_bp"])
+
+
+__all__ = ["Int8Tail"]

@@ -1,0 +1,132 @@
+"""`Int8Tensor`: int8 values with one exponent, and the one place where floats become integers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIMIT = 127
+# Of weights and inputs. Exponents of activations are sums of them and of shifts: far within int32.
+MIN_EXPONENT, MAX_EXPONENT = -64, 64
+
+
+@dataclass(frozen=True, eq=False)
+class Int8Tensor:
+    """Values `q * 2^exponent`.
+
+    Args:
+        q: int8 in [-127, 127].
+        exponent: int32 in [-64, 64], `[]`; or `[H]` for a q of `[H, ...]`, one a half.
+    """
+
+    q: Tensor
+    exponent: Tensor
+
+    def __len__(self) -> int:
+        return len(self.q)
+
+    def __getitem__(self, index: Any) -> Int8Tensor:
+        """A part of the samples of a tensor with one exponent."""
+        if self.exponent.ndim:
+            raise TypeError("a tensor with an exponent for each half cannot be indexed: index q")
+        return Int8Tensor(self.q[index], self.exponent)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.q.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.q.device
+
+    def to(self, device: torch.device | str) -> Int8Tensor:
+        return Int8Tensor(self.q.to(device), self.exponent.to(device))
+
+    def dequantize(self) -> Tensor:
+        """The values, float64: exact."""
+        exponent = self.exponent.reshape(-1, *[1] * (self.q.ndim - 1)) if self.q.ndim else None
+        scale = torch.exp2((self.exponent if exponent is None else exponent).double())
+        values: Tensor = self.q.double() * scale
+        return values
+
+
+def ceil_log2(value: float) -> int:
+    """`ceil(log2 value)` of a positive float, exactly; 0 for 0."""
+    mantissa, exponent = math.frexp(value)
+    return exponent - 1 if mantissa == 0.5 else exponent
+
+
+def quantize(x: Tensor) -> Int8Tensor:
+    """Convert inputs once, before training: `q = round(x 2^(7 - b))`, exponent `b - 7`.
+
+    `b = ceil(log2 max|x|)`, 0 for all zeros; one exponent for the whole tensor, so a data set is
+    converted whole. A scaling by a power of 2 is exact: the integers are the same everywhere.
+
+    Args:
+        x: any shape, floating or uint8.
+    Returns: q int8 like x, exponent `[]` int32.
+    Raises: ValueError for values that are not finite, or beyond exponents of [-64, 64].
+    Source: NITI (arXiv:2009.13108).
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
+    if not (x.is_floating_point() or x.dtype == torch.uint8):
+        raise TypeError(f"x must be floating or uint8, got {x.dtype}")
+    largest = float(x.abs().max()) if x.numel() else 0.0
+    if not math.isfinite(largest):
+        raise ValueError("x must be finite")
+    b = ceil_log2(largest)
+    check_range("the exponent of x", b - 7)
+    shift = torch.tensor(float(7 - b), dtype=torch.float64, device=x.device)
+    q = torch.round(x.double() * torch.exp2(shift)).clamp(-LIMIT, LIMIT).to(torch.int8)
+    return Int8Tensor(q, torch.tensor(b - 7, dtype=torch.int32, device=x.device))
+
+
+def quantize_weight(w: Tensor) -> Int8Tensor:
+    """`q = round(127 w / max|w|)`, exponent `ceil(log2 max|w|) - 7`, on the CPU, in float64.
+
+    The largest weight becomes 127 whatever its place between two powers of 2: a layer's scale
+    changes by up to 2, which ReLU networks without bias pass on to the logits' temperature alone.
+
+    Source: NITI (arXiv:2009.13108).
+    """
+    w = w.detach().to("cpu", torch.float64)
+    largest = float(w.abs().max()) if w.numel() else 0.0
+    if not math.isfinite(largest):
+        raise ValueError("weights must be finite")
+    exponent = ceil_log2(largest) - 7
+    check_range("the exponent of a weight", exponent)
+    q = torch.round(w * (LIMIT / largest)) if largest else w
+    return Int8Tensor(q.to(torch.int8), torch.tensor(exponent, dtype=torch.int32))
+
+
+def check_range(name: str, exponent: int) -> None:
+    if not MIN_EXPONENT <= exponent <= MAX_EXPONENT:
+        raise ValueError(f"{name} must be in [{MIN_EXPONENT}, {MAX_EXPONENT}], got {exponent}")
+
+
+def check_input(x: Any, device: torch.device) -> None:
+    """Types and places; values only where reading them stops no device."""
+    if not isinstance(x, Int8Tensor):
+        raise TypeError(f"x must be an Int8Tensor (see quantize), got {type(x).__name__}")
+    if x.q.dtype != torch.int8 or x.exponent.dtype != torch.int32:
+        raise TypeError(
+            f"x must have an int8 q and an int32 exponent, got {x.q.dtype} and {x.exponent.dtype}"
+        )
+    if x.exponent.ndim:
+        raise ValueError(f"the exponent of x must be 0-d, got shape {list(x.exponent.shape)}")
+    if x.q.device != device or x.exponent.device != device:
+        raise ValueError(f"x must be on {device}, got {x.q.device} and {x.exponent.device}")
+    if x.q.ndim < 2 or len(x.q) == 0:
+        raise ValueError(f"x must have shape [B, ...], B > 0, got {list(x.q.shape)}")
+    if device.type == "cpu":
+        check_range("the exponent of x", int(x.exponent))
+        if x.q.numel() and int(x.q.amin()) < -LIMIT:
+            raise ValueError("q of x must be in [-127, 127], got -128")
+
+
+__all__ = ["Int8Tensor", "check_input", "quantize", "quantize_weight"]

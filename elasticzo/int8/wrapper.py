@@ -1,0 +1,301 @@
+"""`ElasticZOInt8`: a network in integers, its head perturbed, its tail open to backpropagation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elasticzo.cut import Tail, resolve_cut
+from elasticzo.int8.backward import aligned_sum, half_gradients
+from elasticzo.int8.network import Int8Network
+from elasticzo.int8.passes import Forward, Noise, Tape
+from elasticzo.int8.settings import check_order, check_settings, check_state, resolve_scale
+from elasticzo.int8.tail import Int8Tail
+from elasticzo.int8.tensor import Int8Tensor, check_input
+from zo_kernels import integer_cross_entropy, integer_softmax_error, resolve_backend
+from zo_kernels._int8 import check_sparse, check_target
+
+SOURCES = ("plus", "minus", "mean")
+
+
+class ElasticZOInt8(nn.Module):
+    """Train the first layers by zeroth-order optimisation and the last by backpropagation, in
+    integers.
+
+    In `train()` a forward runs the network at `clip(w + z_q)` and `clip(w - z_q)` for every query
+    and returns an `Int8Tensor` `[2Q, B, C]` whose halves have their own exponents; in `eval()` it
+    is the network itself, `[B, C]`. A step uses the sign of L+ - L-. See `Int8ZO`.
+
+    Args:
+        model: a float model, converted once on the CPU (see `Int8Network`); it is only read.
+            Weights frozen before stay frozen: neither perturbed nor updated.
+        tail: what backpropagation trains: module names, the number of last Linear / Conv layers, 0
+            (Full ZO) or "all" (integer backpropagation everywhere, one pass).
+        r_max: largest perturbation of an int8 weight, in [1, 127].
+        p_zero: share in [0, 1) of the weights that a step leaves alone.
+        queries: directions a step, Q.
+        seed: of the run, in [0, 2^63).
+        fraction_bits: F of the integer loss, in [0, 16].
+        loss: "integer", or "float": float64, for comparison; a step uses its sign alone, too.
+        backend: "auto", "triton", "numba" or "reference".
+        pairing: "stacked" (the halves as one batch) or "sequential" (one after the other); equal.
+        scale: {name pattern of weights: s}: the share of weights perturbed, `1 - p_zero`, is s
+            times that in these layers (at most 1); 0 leaves a layer alone. The last match wins.
+        drop_biases: convert a model with biases that are not zero, without them.
+    Shapes: `[B, ...]` samples of one exponent.
+    Source: arXiv:2501.04287, abstract (ElasticZO-INT8); NITI (arXiv:2009.13108).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tail: Tail,
+        r_max: int = 15,
+        p_zero: float = 0.5,
+        queries: int = 1,
+        seed: int = 0,
+        fraction_bits: int = 12,
+        loss: str = "integer",
+        backend: str = "auto",
+        pairing: str = "stacked",
+        scale: Mapping[str, float] | None = None,
+        drop_biases: bool = False,
+    ) -> None:
+        super().__init__()
+        check_settings(queries, seed, fraction_bits, loss, backend, pairing)
+        self.network = Int8Network(model, drop_biases)
+        self.cut = resolve_cut(model, tail)
+        self.queries, self.fraction_bits, self.loss = queries, fraction_bits, loss
+        self.pairing = pairing
+        names = [f"{name}.weight" if name else "weight" for name in self.network.layers]
+        self._of = dict(zip(names, self.network.layers, strict=True))
+        self._head = [name for name in names if name in self.cut.head_parameters]
+        self._tail = [name for name in names if name in self.cut.tail_parameters]
+        check_order(names, self._head, self._tail)
+        self._scale = resolve_scale(self._head, scale)
+        self._wanted_backend = backend
+        self._backend = backend  # resolved by `_to`
+        self._key = torch.tensor([seed, 0], dtype=torch.int64)
+        self._next = torch.tensor([0, 1], dtype=torch.int64)
+        self._zero = torch.zeros((), dtype=torch.int32)
+        self._seed = seed
+        self._forwards = 0  # since the last step
+        self._tapes: list[Tape] = []
+        self._output: Tensor | None = None  # logits that the tapes belong to
+        self.gradients: dict[str, Tensor] = {}
+        self._r_max, self._p_zero = 1, 0.0
+        self.set_noise(r_max, p_zero)
+        device = next(model.parameters()).device
+        self.network.to(device)
+        self._to(device)
+
+    # ---- what it is
+
+    @property
+    def r_max(self) -> int:
+        return self._r_max
+
+    @property
+    def p_zero(self) -> float:
+        return self._p_zero
+
+    def set_noise(self, r_max: int | None = None, p_zero: float | None = None) -> None:
+        """Change the perturbation between two steps: schedules do it.
+
+        Raises: RuntimeError between a forward and its step, which must see the same `z`.
+        """
+        r_max = self._r_max if r_max is None else r_max
+        p_zero = self._p_zero if p_zero is None else p_zero
+        if (r_max, p_zero) == (self._r_max, self._p_zero):
+            return
+        check_sparse(p_zero, r_max)
+        if self._forwards:
+            raise RuntimeError(
+                "r_max and p_zero cannot change between a forward and its step: the update would "
+                "use another z"
+            )
+        self._r_max, self._p_zero = r_max, p_zero
+
+    def noise_of(self, name: str) -> Noise:
+        """The perturbation of a head parameter, its scale included."""
+        density = (1.0 - self._p_zero) * self._scale[name]
+        return Noise(max(0.0, 1.0 - density), self._r_max)
+
+    @property
+    def seed(self) -> int:
+        return self._seed
+
+    @property
+    def halves(self) -> int:
+        """Halves of a training forward: 2Q, or 1 where all is tail."""
+        return 1 if self.cut.everything else 2 * self.queries
+
+    @property
+    def backend(self) -> str:
+        """The backend that runs on the device of the weights."""
+        return self._backend
+
+    @property
+    def effective_pairing(self) -> str:
+        return self.pairing
+
+    @property
+    def step_index(self) -> int:
+        """Steps done. Reads the device."""
+        return int(self._key[1])
+
+    def named_head_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """int8 weights that zeroth-order optimisation trains."""
+        return ((name, self._layer(name).weight) for name in self._head)
+
+    def head_parameters(self) -> Iterator[Tensor]:
+        return (w for _, w in self.named_head_parameters())
+
+    def named_tail_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """int8 weights that backpropagation trains."""
+        return ((name, self._layer(name).weight) for name in self._tail)
+
+    def tail_parameters(self) -> Iterator[Tensor]:
+        return (w for _, w in self.named_tail_parameters())
+
+    def _layer(self, name: str) -> Any:
+        return self.network.layers[self._of[name]]
+
+    def extra_repr(self) -> str:
+        head = sum(w.numel() for w in self.head_parameters())
+        tail = sum(w.numel() for w in self.tail_parameters())
+        return (
+            f"head={head} weights (ZO), tail={tail} (BP), r_max={self.r_max}, "
+            f"p_zero={self.p_zero:g}, queries={self.queries}, loss={self.loss}, "
+            f"pairing={self.pairing}, backend={self.backend}"
+        )
+
+    # ---- the forward
+
+    def forward(self, x: Int8Tensor) -> Int8Tensor:
+        """`train()`: `[2Q, B, C]` with exponents `[2Q]`; `eval()`: `[B, C]` and `[]`."""
+        check_input(x, self._key.device)
+        if not self.training:
+            out = Forward(self.network, None, 0, 1, {}, frozenset(), self._backend).run(x)
+            return Int8Tensor(out.q, out.exponent.reshape(()))
+        noise = {self._of[name]: self.noise_of(name) for name in self._head if self._scale[name]}
+        key = None if self.cut.everything else self._key
+        keep = frozenset(block.name for block in self._tail_blocks())
+        step = 1 if self.pairing == "sequential" else self.halves
+        outputs, self._tapes = [], []
+        for start in range(0, self.halves, step):
+            run = Forward(self.network, key, start, start + step, noise, keep, self._backend)
+            outputs.append(run.run(x))
+            self._tapes.append(run.tape)
+        q = torch.cat([out.q for out in outputs]) if len(outputs) > 1 else outputs[0].q
+        exponent = torch.cat([out.exponent for out in outputs])
+        self._output = q.view(self.halves, -1, *q.shape[1:])
+        self._forwards += 1
+        return Int8Tensor(self._output, exponent)
+
+    def _tail_blocks(self) -> list[Any]:
+        """Blocks from the first one that backpropagation trains on."""
+        blocks = self.network.blocks
+        trained = {self._of[name] for name in self._tail}
+        places = [i for i, block in enumerate(blocks) if block.name in trained]
+        return blocks[places[0] :] if places else []
+
+    # ---- losses and the tail
+
+    def losses(self, logits: Int8Tensor, y: Tensor) -> Tensor:
+        """Cross-entropy summed over the batch: `[2Q]` int64 in bits of 2^-F, or float64 in nats."""
+        if self.loss == "integer":
+            return integer_cross_entropy(
+                logits.q, logits.exponent, y, fraction_bits=self.fraction_bits, backend=self.backend
+            )
+        if y.device.type == "cpu":
+            check_target(y, logits.q.shape[2])
+        values = logits.dequantize().log_softmax(2)
+        label = y.reshape(1, -1, 1).expand(values.shape[0], -1, 1)
+        return -values.gather(2, label).sum((1, 2))
+
+    def backward(self, logits: Int8Tensor, y: Tensor, source: str = "plus") -> None:
+        """Integer backpropagation into the tail, from the last training forward.
+
+        Args:
+            logits: what that forward returned.
+            y: `[B]` int64 labels.
+            source: halves that the tail learns from: "plus", "minus", or "mean" of both. More than
+                one half are summed at one exponent (`aligned_sum`).
+        """
+        if source not in SOURCES:
+            raise ValueError(f"source must be one of {SOURCES}, got {source!r}")
+        if self._output is None or logits.q is not self._output:
+            raise ValueError("logits must be those of the last training forward")
+        if self.gradients:
+            raise RuntimeError("backward was called before: one forward and backward a step")
+        blocks = self._tail_blocks()
+        if not blocks:
+            return
+        error, exponent = integer_softmax_error(
+            logits.q,
+            logits.exponent,
+            y,
+            fraction_bits=self.fraction_bits,
+            key=self._key,
+            tensor=len(self.network.blocks),
+            backend=self._backend,
+        )
+        first, stride = {"plus": (0, 2), "minus": (1, 2), "mean": (0, 1)}[source]
+        trained = frozenset(self._of[name] for name in self._tail)
+        parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        for half in range(first if self.halves > 1 else 0, self.halves, stride):
+            tape = next(t for t in reversed(self._tapes) if t.first <= half)
+            place = half - tape.first if tape.count > 1 else 0
+            own = Int8Tensor(error[half], exponent[half])
+            found = half_gradients(
+                blocks, tape.kept, trained, own, place, tape.count, self._backend
+            )
+            for name, sums in found.items():
+                parts.setdefault(name, []).extend(sums)
+        for name in self._tail:
+            self.gradients[name] = aligned_sum(parts[self._of[name]])
+
+    def tail_optimizer(self, b_bp: int, rounding: str = "pseudo") -> Int8Tail:
+        """The tail's update, `w = clip(w - R(G, bits(G) - b_bp))`."""
+        return Int8Tail(self, b_bp, rounding)
+
+    def go_to(self, seed: int, step: int) -> None:
+        """Take the noise of another place: a checkpoint's, or a log's end."""
+        self._seed = seed
+        self._key.copy_(torch.tensor([seed, step], dtype=torch.int64))
+        self.forget_forwards()
+
+    def forget_forwards(self) -> None:
+        """What was kept of a forward is not needed any more, or belongs to other weights."""
+        self._forwards, self._tapes, self._output, self.gradients = 0, [], None, {}
+
+    # ---- nn.Module
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """int8 weights and int32 exponents, under the names of the float model's modules."""
+        return self.network.tree.state_dict(*args, **kwargs)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        check_state(state_dict, self.network.tree.state_dict())
+        self.forget_forwards()
+        return self.network.tree.load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ElasticZOInt8:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._to(fn(self._key).device)
+        return self
+
+    def _to(self, device: torch.device) -> None:
+        for name in ("_key", "_next", "_zero"):
+            setattr(self, name, getattr(self, name).to(device))
+        self._backend = resolve_backend(self._wanted_backend, device)
+        self.forget_forwards()
+
+
+__all__ = ["ElasticZOInt8"]
