@@ -108,7 +108,7 @@ def work_of(current: Pass, m: Any, x: Tensor, computed: torch.dtype) -> Work:
         x_dtype=x.dtype,
         w_dtype=w.dtype,
         compute=computed,
-        precision=precision_of(not isinstance(m, nn.Linear), current.precision),
+        precision=precision_of(x.device, not isinstance(m, nn.Linear), current.precision),
         half=current.half is not None,
         convolution=not isinstance(m, nn.Linear),
     )
@@ -133,7 +133,7 @@ def _fused(current: Pass, layer: Layer, x: Tensor, dtype: torch.dtype | None) ->
         "noise": current.noise,
         "scale": head.scale,
         "bias_scale": bias.scale if bias is not None else 0.0,
-        "precision": precision_of(not isinstance(m, nn.Linear), current.precision),
+        "precision": precision_of(x.device, not isinstance(m, nn.Linear), current.precision),
         "compute_dtype": dtype or m.weight.dtype,
         "backend": current.backend,
     }

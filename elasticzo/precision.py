@@ -33,10 +33,12 @@ def parse_compute_dtype(
     return wanted, None
 
 
-def precision_of(convolution: bool, wanted: str | None) -> str:
-    """The precision of float32 products of a layer: the user's, else torch's setting."""
+def precision_of(device: torch.device, convolution: bool, wanted: str | None) -> str:
+    """The precision of float32 products of a layer: the user's, else torch's setting for CUDA."""
     if wanted is not None:
         return wanted
+    if device.type != "cuda":  # torch's settings speak of tensor cores; a CPU multiplies in fp32
+        return "ieee"
     if convolution:
         return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"

@@ -235,7 +235,8 @@ def network_bound(net: nn.Module, dtype: torch.dtype) -> float:
     if dtype == torch.bfloat16:
         kind = "bf16"
     else:
-        kinds = {precision_of(not isinstance(m, nn.Linear), None) for m in layers}
+        device = next(net.parameters()).device
+        kinds = {precision_of(device, not isinstance(m, nn.Linear), None) for m in layers}
         kind = "tf32" if "tf32" in kinds else "ieee"
     return len(layers) * BOUNDS[kind]
 

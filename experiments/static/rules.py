@@ -26,6 +26,8 @@ KNOWN: dict[str, tuple[dict[str, int], str]] = {
     "hip-gfx942/paired_linear-normal-mixed-16-shared": ({"scalar_spills": 6}, _SCALARS),
     "hip-gfx942/paired_linear-normal-mixed-16-ragged": ({"scalar_spills": 14}, _SCALARS),
     "hip-gfx942/paired_linear-normal-bf16-128-ragged": ({"scalar_spills": 22}, _SCALARS),
+    "hip-gfx942/paired_conv2d-normal-mixed-128x16-gathered-pool": ({"scalar_spills": 2}, _SCALARS),
+    "hip-gfx942/paired_conv2d-normal-mixed-128x32-gathered-pool": ({"scalar_spills": 3}, _SCALARS),
     "cuda-80/paired_linear-normal-bf16-128-ragged": ({"spills": 19, "local": 40}, _RAGGED),
     "cuda-90/paired_linear-normal-bf16-64-ragged": ({"spills": 4, "local": 8}, _RAGGED),
     "cuda-90/paired_linear-rademacher-tf32-16-ragged": ({"spills": 2, "local": 8}, _RAGGED),
@@ -67,8 +69,8 @@ def _tensor_cores(row: Mapping[str, Any]) -> Iterator[str]:
     if row["target"] == "hip-gfx942":
         suffix = "_bf16" if dtype == "bf16" else "_f32" if ieee else "_xf32"
         count = sum(row["opcodes"][op] for op in found)
-        if count < 8 or not all(op.endswith(suffix) for op in found):
-            yield f"needs 8 v_mfma of {suffix[1:]}, has {count} of {found}"
+        if count < 4 or not all(op.endswith(suffix) for op in found):
+            yield f"needs 4 v_mfma of {suffix[1:]}, has {count} of {found}"
         return
     few = constants.get("BM", 64) < 64
     core = {"cuda-80": "HMMA", "cuda-90": "HGMMA", "cuda-100": "UTCHMMA"}[row["target"]]

@@ -305,3 +305,12 @@ def test_precisions_are_compute_dtypes(wanted: str) -> None:
     model = ElasticZO(Small(), tail=0, compute_dtype=wanted, eps=1e-2).train()
     assert model.compute_dtype is torch.float32 and model.precision == wanted
     assert torch.isfinite(model(X)).all()
+
+
+def test_torch_s_settings_for_tensor_cores_do_not_reach_the_cpu() -> None:
+    """cuDNN may use tf32 by default; a fused layer on the CPU is fp32 nevertheless."""
+    assert torch.backends.cudnn.allow_tf32
+    fused, staged = (
+        train("lenet", backend="reference", path=path)[0] for path in ("fused", "staged")
+    )
+    torch.testing.assert_close(fused, staged, rtol=0, atol=2e-6)

@@ -33,6 +33,7 @@ EACH = (
     "perturbed_weights-rademacher-bf16-flat",
     "update-normal-bf16",
     "update-rademacher-fp32",
+    "stage-normal-fp32-bf16-flat-pending",
 )
 SUBSET = {
     "cuda-80": (
@@ -47,6 +48,8 @@ SUBSET = {
         "perturbed_weights-normal-fp32-general-int64",
         "update-normal-fp32",
         "update-normal-fp64-int64",
+        "stage-rademacher-bf16-flat",
+        "stage-normal-fp32-general-pending",
         "sample-normal",
         "sample-rademacher",
         "sample-sparse_int8",
@@ -56,24 +59,33 @@ SUBSET = {
         "paired_linear-rademacher-mixed-64-shared",
         "paired_linear-normal-tf32-64-int64",
         "paired_linear-normal-ieee-64",
+        "paired_linear-normal-tf32x3-64",
+        "paired_conv2d-rademacher-bf16-128x64-lines",
+        "paired_conv2d-normal-ieee-64x16-gathered-pool",
+        "paired_layer_norm-bf16-4096x4096",
+        "paired_cross_entropy_forward-bf16-fp64-sum-1024x1000",
     ),
     "cuda-100": (
         *EACH,
         "paired_linear-rademacher-bf16-256",
         "paired_linear-normal-bf16-16",
+        "paired_linear-normal-tf32x3-64",
     ),
     "hip-gfx942": (
         *EACH,
         "paired_linear-rademacher-bf16-256",
         "paired_linear-normal-ieee-16",
+        "paired_linear-normal-mixed-128",
     ),
 }
-# Static instructions on sm_90 at the most; a thread of the first five serves 8 elements.
+# Static instructions on sm_90 at the most; a thread of the first seven serves 8 elements.
 COSTS = {
     "sample-normal": 450,  # measured with Triton 3.9: 376 to make and store 8 normals
+    "sample-sparse_int8": 320,  # 248 for 8 integers
     "sample-rademacher": 250,  # 176 for 8 signs, of which Philox is the most
     "perturbed_weights-normal-fp32-flat": 530,  # 448 for 8 weights
     "perturbed_weights-rademacher-bf16-flat": 330,  # 248 for 8 weights
+    "stage-normal-fp32-bf16-flat-pending": 1150,  # 1048 for 8 weights, of which two normals each
     "paired_linear-normal-bf16-16": 1700,  # 1520 for 16 normals a turn, 870 of them in the loop
     "paired_linear-rademacher-bf16-256": 1850,  # 1632 for 8 signs a turn, 272 in the loop
 }

@@ -84,18 +84,22 @@ def test_roofline_of_products() -> None:
 
 
 def test_executed_products_cover_the_problem() -> None:
-    """Counted in the machine code, they are the problem's own (rows and columns fill tiles)."""
+    """Counted in the machine code, they are those of the tiles, which a linear layer fills."""
     for row in read()["rows"]:
         if "h200" not in row or "flops" not in row["problem"] or not row["tensor"]:
             continue
         ops = {op: tensor_operations(op) for op in row["loop"]}
         turn = sum(n * ops[op][1] for op, n in row["loop"].items() if ops[op] is not None)
-        problem = row["problem"]
-        done = turn * row["warps"] * problem["turns"] * problem["programs"]
-        times = 3 if row["constants"]["PRECISION"] == "tf32x3" else 1
-        if times == 3 and "HGMMA" in row["tensor"][0]:
-            times = 5  # the first two of the three are made twice, into two sets of registers
-        assert done == times * problem["flops"], row["name"]
+        problem, constants = row["problem"], row["constants"]
+        programs = problem["turns"] * problem["programs"]
+        size = constants["BM"] * constants["BN"] * constants["BK"]
+        tiles = (4 if constants["PAIR"] else 2) * size * programs  # both halves
+        times = 3 if constants["PRECISION"] == "tf32x3" else 1
+        if row["name"].startswith("paired_linear"):
+            assert tiles == problem["flops"], row["name"]
+        elif times == 3 and constants["BM"] == 64:
+            times = 5  # Triton has the first two of the three made twice, by both groups of warps
+        assert turn * row["warps"] * programs == times * tiles, row["name"]
 
 
 # ---- rules
@@ -107,9 +111,9 @@ BROKEN = {
     "shared": ("cuda-80/sample-normal", {"shared": 8193}, "shared is 8193, at most 8192"),
     "limit": ("cuda-80/paired_linear-normal-bf16-64", {"shared": 166913}, "at most 166912"),
     "known": (
-        "hip-gfx942/paired_linear-normal-mixed-128",
-        {"shared": 69633},
-        "shared is 69633, at most 69632",
+        "hip-gfx942/paired_linear-normal-mixed-16-shared",
+        {"scalar_spills": 7},
+        "scalar_spills is 7, at most 6",
     ),
     "size": ("cuda-90/sample-normal", {"bytes": 1000}, "no machine code"),
     "core": (
@@ -128,7 +132,7 @@ BROKEN = {
         "needs no tensor cores",
     ),
     "none": ("cuda-100/paired_linear-normal-bf16-64", {"tensor": []}, "needs UTCHMMA, has"),
-    "mfma": ("hip-gfx942/paired_linear-normal-bf16-64", {"tensor": []}, "needs 8 v_mfma of bf16"),
+    "mfma": ("hip-gfx942/paired_linear-normal-bf16-64", {"tensor": []}, "needs 4 v_mfma of bf16"),
     "loads": ("cuda-90/paired_linear-normal-bf16-64", {"loads_16": 3}, "loads_16 is 3, at least 4"),
     "stores": (
         "cuda-90/perturbed_weights-normal-fp32-flat",
