@@ -3,7 +3,8 @@
 `python -m experiments.benchmarks.int8_conv_cpu` verifies, then times each layer on one thread. The
 contestants run in turn, so that a drift of the machine meets all of them; a speed-up is the median
 over rounds of the time of the faster fp32 form (contiguous or channels_last) over the int8 one's.
-JSON goes to `experiments/results/int8_conv_cpu.json`.
+On one thread time is that of the thread, which does not count when others have the core; on more it
+is the clock's. JSON goes to `experiments/results/int8_conv_cpu.json`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +53,7 @@ class Config:
     rounds: int = 200
     """Timed rounds; each runs every contestant once."""
     threads: int = 1
-    """CPU threads."""
+    """CPU threads; set OMP_NUM_THREADS to as many."""
     out: Path = RESULT
     """Where the JSON goes."""
 
@@ -62,16 +64,18 @@ def fp32_layer(x: Tensor, w: Tensor) -> Tensor:
     return F.max_pool2d(F.relu(F.conv2d(x, w, padding=2)), 2)
 
 
-def int8_layer(x: Tensor, w: Tensor, key: Tensor | None, halves: int, backend: str) -> object:
+def int8_layer(
+    x: Tensor, w: Tensor, key: Tensor | None, halves: int, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
     """Accumulators and the bits of their range."""
-    given = {"stop": halves, "relu": True, "backend": backend} | NOISE
+    given: dict[str, Any] = {"stop": halves, "relu": True, "backend": backend} | NOISE
     if w.ndim == 2:
         return int8_paired_linear(x, w, key, **given)
     return int8_paired_conv2d(x, w, key, padding=2, pool=True, **given)
 
 
 def requantized(x: Tensor, w: Tensor, key: Tensor | None, halves: int, exponent: Tensor) -> Tensor:
-    acc, bits = int8_layer(x, w, key, halves, "auto")  # type: ignore[misc]
+    acc, bits = int8_layer(x, w, key, halves)
     q, _ = int8_requantize(acc, bits, exponent, halves=halves)
     return q
 
@@ -100,11 +104,11 @@ def verify() -> None:
     for name in LAYERS:
         x, w = operands(name, 6)
         for x_in in (x, last(x)) if x.ndim == 4 else (x,):
-            acc, bits = int8_layer(x_in, w, None, 1, "numba")  # type: ignore[misc]
+            acc, _ = int8_layer(x_in, w, None, 1, "numba")
             if not torch.equal(acc.double(), fp32_layer(x.double(), w.double())):
                 raise SystemExit(f"the sums of {name} are wrong")
             found, want = (int8_layer(x_in, w, key, 2, b) for b in ("numba", "reference"))
-            if not all(map(torch.equal, found, want)):  # type: ignore[call-overload]
+            if not all(map(torch.equal, found, want)):
                 raise SystemExit(f"the backends differ in {name}")
 
 
@@ -120,25 +124,27 @@ def contestants(name: str, batch: int) -> dict[str, Run]:
     for suffix, laid in formats.items():
         args, args2 = (laid(x), w, None, 1), (laid(x2), w, key, 2)
         runs[f"plain_fp32{suffix}"] = partial(fp32_layer, laid(x.float()), laid(w.float()))
-        runs[f"plain_int8{suffix}"] = partial(int8_layer, *args, "auto")
+        runs[f"plain_int8{suffix}"] = partial(int8_layer, *args)
         runs[f"plain_int8_requantized{suffix}"] = partial(requantized, *args, exponents[0:1])
         runs[f"pair_fp32{suffix}"] = partial(fp32_pair, laid(x2.float()), laid(w.float()), key)
         runs[f"pair_int8_requantized{suffix}"] = partial(requantized, *args2, exponents)
     return runs
 
 
-def measure(name: str, batch: int, rounds: int) -> dict[str, dict[str, float]]:
+def measure(
+    name: str, batch: int, rounds: int, clock: Callable[[], int]
+) -> dict[str, dict[str, float]]:
     """Median milliseconds of each contestant, and speed-ups over the faster fp32 one."""
     runs = contestants(name, batch)
-    times: dict[str, list[float]] = {run: [] for run in runs}
+    times: dict[str, list[int]] = {run: [] for run in runs}
     with torch.no_grad():
         for i in range(rounds + 10):
             for run, call in runs.items():
-                start = time.perf_counter()
+                start = clock()
                 call()
                 if i >= 10:  # warm-up: compilation, caches
-                    times[run].append(time.perf_counter() - start)
-    medians = {run: 1e3 * statistics.median(t) for run, t in times.items()}
+                    times[run].append(clock() - start)
+    medians = {run: 1e-6 * statistics.median(t) for run, t in times.items()}
     speedups = {}
     for run in runs:
         kind = run.split("_")[0]
@@ -152,10 +158,11 @@ def measure(name: str, batch: int, rounds: int) -> dict[str, dict[str, float]]:
 def main(config: Config) -> None:
     torch.set_num_threads(config.threads)
     verify()
+    clock = time.thread_time_ns if config.threads == 1 else time.perf_counter_ns
     layers = {}
     for batch in config.batches:
         for name in LAYERS:
-            layers[f"{name}-{batch}"] = row = measure(name, batch, config.rounds)
+            layers[f"{name}-{batch}"] = row = measure(name, batch, config.rounds, clock)
             print(f"{name}, batch {batch}")
             for run, ms in row["ms"].items():
                 speedup = row["speedup"].get(run)
