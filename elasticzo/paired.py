@@ -110,6 +110,7 @@ def work_of(current: Pass, m: Any, x: Tensor, computed: torch.dtype) -> Work:
         compute=computed,
         precision=precision_of(not isinstance(m, nn.Linear), current.precision),
         half=current.half is not None,
+        convolution=not isinstance(m, nn.Linear),
     )
 
 

@@ -11,6 +11,7 @@ import gc
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,12 +39,17 @@ def measure_step(config: TrainConfig) -> dict[str, Any]:
         torch.cuda.synchronize(device)
         peak = torch.cuda.max_memory_allocated(device) - held
         return {"bytes": peak, "measure": MEASURE_CUDA}
+    return {"bytes": recorded_peak(lambda: _steps(config, data)), "measure": MEASURE_CPU}
+
+
+def recorded_peak(run: Callable[[], object]) -> int:
+    """The most bytes that torch's CPU allocator gives out at once in a second call of `run`."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it talks of its own start and stop
-    _steps(config, data)  # compiled and cached things are there before
+    run()  # compiled and cached things are there before
     gc.collect()  # what is freed while recording must have been recorded
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        _steps(config, data)
-    return {"bytes": _peak(recorded), "measure": MEASURE_CPU}
+        run()
+    return _peak(recorded)
 
 
 def _steps(config: TrainConfig, data: ImageData) -> None:
@@ -69,4 +75,4 @@ def _peak(recorded: Any) -> int:
     return peak
 
 
-__all__ = ["measure_step"]
+__all__ = ["measure_step", "recorded_peak"]

@@ -17,17 +17,21 @@ from zo_kernels.perturbed_weights import INT32_MAX
 
 # As in the fp32 twin: the smallest BN that holds the outputs of w is taken, else the largest; of
 # its two BM the first that holds the rows of a half, else the last. Depth 32, the least of an int8
-# product: many layers have a multiple of 32 channels.
+# product: many layers have a multiple of 32 channels. Nothing spills on sm_80, sm_90, sm_100 and
+# gfx942, but 64 columns on sm_100 where x is gathered byte by byte.
 DEPTH = 32
+GATHERED_COLS = 32
 TILES: tuple[Tile, ...] = tuple(
     Tile(rows, cols, DEPTH, 8, 2) for cols in (16, 32, 64) for rows in (64, 128)
 )
 
 
-def tile_for(rows: int, outputs: int) -> Tile:
-    """The tile for halves of `rows` outputs each of `outputs` channels."""
-    cols = next((tile.cols for tile in TILES if tile.cols >= outputs), TILES[-1].cols)
-    tiles = [tile for tile in TILES if tile.cols == cols]
+def tile_for(rows: int, outputs: int, lines: bool) -> Tile:
+    """The tile for halves of `rows` outputs each of `outputs` channels; `lines`: 32 channels of x
+    lie in a row."""
+    tiles = [tile for tile in TILES if lines or tile.cols <= GATHERED_COLS]
+    cols = next((tile.cols for tile in tiles if tile.cols >= outputs), tiles[-1].cols)
+    tiles = [tile for tile in tiles if tile.cols == cols]
     return next((tile for tile in tiles if tile.rows >= rows), tiles[-1])
 
 
@@ -186,7 +190,8 @@ def launch(
         assert walk is not None
     images = acc.shape[0] // count
     rows = images * acc.shape[2] * acc.shape[3] * (4 if pool else 1)
-    tile = tile_for(rows, walk.rows)
+    lines = x.stride(1) == 1 and w.shape[1] % DEPTH == 0
+    tile = tile_for(rows, walk.rows, lines)
     blocks = triton.cdiv(rows, tile.rows) * triton.cdiv(walk.rows, tile.cols)
     _int8_paired_conv2d_kernel[((count + 1) // 2 * blocks,)](
         *(x, w, acc, bits, x if key is None else key),
@@ -217,4 +222,4 @@ def launch(
     )
 
 
-__all__ = ["DEPTH", "TILES", "launch", "tile_for"]
+__all__ = ["DEPTH", "GATHERED_COLS", "TILES", "launch", "tile_for"]

@@ -14,16 +14,31 @@ from zo_kernels.perturbed_weights import INT32_MAX
 
 # Tiles with growing BM: the first that holds the rows of a half is taken, else the last. Chosen by
 # arithmetic (not yet measured on a GPU) and by what compiles without spills for sm_80, sm_90,
-# sm_100 and gfx942.
+# sm_100 and gfx942. 128 columns, and 256 rows of 64 columns, spill on sm_80.
 TILES: tuple[Tile, ...] = (
     Tile(16, 32, 128, 4, 3),
-    Tile(64, 64, 64, 8, 2),
-    Tile(128, 64, 64, 8, 2),
+    Tile(64, 64, 128, 8, 2),
+    Tile(128, 64, 128, 8, 2),
+)
+# Where rows are read byte by byte, which takes an address each: those above spill on sm_80 and
+# sm_90.
+RAGGED: tuple[Tile, ...] = (
+    Tile(16, 32, 64, 4, 2),
+    Tile(64, 64, 32, 8, 2),
+    Tile(128, 64, 32, 8, 2),
 )
 
 
-def tile_for(rows: int) -> Tile:
-    return next((tile for tile in TILES if tile.rows >= rows), TILES[-1])
+def tile_for(rows: int, ragged: bool) -> Tile:
+    """The tile for halves of `rows`; `ragged`: sizes or addresses are no multiples of 16."""
+    tiles = RAGGED if ragged else TILES
+    return next((tile for tile in tiles if tile.rows >= rows), tiles[-1])
+
+
+def _is_ragged(x: Tensor, w: Tensor) -> bool:
+    """Triton specialises by these: such a launch moves fewer than 16 bytes at a time."""
+    extents = (*w.shape, *(s for t in (x, w) for s in t.stride() if s != 1))
+    return any(n % 16 for n in (*extents, x.data_ptr(), w.data_ptr()))
 
 
 @jit
@@ -153,7 +168,7 @@ def launch(
 ) -> None:
     """Launch over whole queries, or over one half alone."""
     (N, K), M = w.shape, acc.shape[0] // count
-    tile = tile_for(M)
+    tile = tile_for(M, _is_ragged(x, w))
     s_x, s_w = x.stride(), w.stride()
     extents = _extent((M, K), s_x, tile), _extent((N, K), s_w, tile), _extent((M, N), (N, 1), tile)
     blocks = triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.cols)
@@ -178,4 +193,4 @@ def launch(
     )
 
 
-__all__ = ["TILES", "launch", "raise_range", "rectified", "sparse_tile", "tile_for"]
+__all__ = ["RAGGED", "TILES", "launch", "raise_range", "rectified", "sparse_tile", "tile_for"]

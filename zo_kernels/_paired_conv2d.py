@@ -17,23 +17,27 @@ from zo_kernels.perturbed_weights import INT32_MAX
 # The smallest BN that holds the outputs of w is taken, else the largest; of its two BM the first
 # that holds the rows of a half, else the last. Chosen by arithmetic (not yet measured on a GPU) and
 # by what compiles without spills for sm_80, sm_90, sm_100 and gfx942, for x in lines or gathered,
-# pooled or not. Depth 32 throughout: many layers have a multiple of 32 channels, and signs need 32,
-# 64 or 128. 8 warps: addresses of a gathered x, two accumulators and a tile of z spill with 4.
-# 256 rows spill, of bf16 on sm_80, of fp32 on sm_90; "ieee" and "tf32x3" spill with two stages, or
-# from 32 columns ("ieee", sm_80).
+# pooled or not. Known exceptions: "mixed" of 128 rows, gathered and pooled, moves 2-3 scalars to
+# vector lanes on gfx942; two of 240 rarer specialisations (pooled, channels_last with few channels)
+# touch 2-7 words of local memory on sm_80.
+# 8 warps: addresses of a gathered x, two accumulators and a tile of z spill with 4; "ieee" in
+# Triton 3.6 alone, where its 128 rows spill 6-30 instructions.
+# Beyond 128 rows bf16 spills on sm_80, fp32 on sm_90; beyond 32 columns "mixed" on sm_100; "tf32x3"
+# of 32 columns and "ieee" with two stages, "ieee" of 32 columns on sm_80.
+# Depth: many layers have a multiple of 32 channels; signs need 32, 64 or 128.
 DEPTH = 32
 TILES: dict[str, tuple[Tile, ...]] = {
     "bf16": tuple(Tile(rows, cols, DEPTH, 8, 2) for cols in (16, 32, 64) for rows in (64, 128)),
-    "mixed": tuple(Tile(rows, cols, DEPTH, 8, 2) for cols in (16, 32, 64) for rows in (64, 128)),
+    "mixed": tuple(Tile(rows, cols, DEPTH, 8, 2) for cols in (16, 32) for rows in (64, 128)),
     "tf32": tuple(Tile(rows, cols, DEPTH, 8, 2) for cols in (16, 32, 64) for rows in (64, 128)),
     "tf32x3": (
         *(Tile(rows, 16, DEPTH, 8, 2) for rows in (64, 128)),
         *(Tile(rows, 32, DEPTH, 8, 1) for rows in (64, 128)),
     ),
-    "ieee": (Tile(64, 16, DEPTH, 4, 1), Tile(128, 16, DEPTH, 8, 1)),
+    "ieee": (Tile(64, 16, DEPTH, 8, 1), Tile(128, 16, DEPTH, 8, 1)),
 }
-# Where x is gathered element by element, 64 columns of fp32 spill on sm_80.
-GATHERED_COLS = {"mixed": 32, "tf32": 32}
+# Where x is gathered element by element, 64 columns spill on sm_80.
+GATHERED_COLS = {"tf32": 32}
 
 
 def tile_for(

@@ -45,16 +45,37 @@ TILES: dict[str, tuple[Tile, ...]] = {
     "tf32x3": (Tile(16, 32, 32, 4, 2), Tile(64, 32, 32, 8, 2)),
     "ieee": (Tile(16, 32, 32, 4, 2), Tile(64, 32, 32, 8, 1)),
 }
+# Where a row is read element by element: 256 rows spill 500 instructions on sm_90, 128 x 32 x 64
+# up to 31, 128 x 64 x 32 none.
+RAGGED = {"bf16": (*TILES["bf16"][:2], Tile(128, 64, 32, 8, 2))}
+HIP_STAGES = 2  # three of "mixed" with 128 rows need 68 KiB of the 64 of gfx942
+
+
+def tiles_of(kind: str, ragged: bool = False, hip: bool = False) -> tuple[Tile, ...]:
+    """Tiles for a kind of operands, as TILES names it, with growing rows."""
+    tiles = RAGGED.get(kind, TILES[kind]) if ragged else TILES[kind]
+    if hip:
+        tiles = tuple(tile._replace(stages=min(tile.stages, HIP_STAGES)) for tile in tiles)
+    return tiles
 
 
 def tile_for(
-    rows: int, x: torch.dtype, w: torch.dtype, compute: torch.dtype, precision: str
+    rows: int,
+    x: torch.dtype,
+    w: torch.dtype,
+    compute: torch.dtype,
+    precision: str,
+    ragged: bool = False,
 ) -> Tile:
-    """The tile for halves of `rows`, from the dtypes of what is read and of the product."""
+    """The tile for halves of `rows`, from the dtypes of what is read and of the product.
+
+    `ragged`: sizes or addresses are no multiples of 16.
+    """
     kind = precision
     if compute == torch.bfloat16:
         kind = "bf16" if x == w == torch.bfloat16 else "mixed"
-    return next((tile for tile in TILES[kind] if tile.rows >= rows), TILES[kind][-1])
+    tiles = tiles_of(kind, ragged, torch.version.hip is not None)
+    return next((tile for tile in tiles if tile.rows >= rows), tiles[-1])
 
 
 @jit
@@ -67,7 +88,35 @@ def _operand(b, DOT: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @jit
-def _store(p_y, m_y, acc, b_bias, RELU: tl.constexpr):
+def _split(b):
+    """fp32 as two numbers of tf32: rounded to nearest (11 bits), and what that drops."""
+    b_high = ((b.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return b_high, b - b_high
+
+
+@jit
+def _multiply(b_x, b_w, acc, low_x, low_w, PRECISION: tl.constexpr):
+    """`acc += x w^T`. tf32x3: without the product of the low parts, in sums of their own.
+
+    (Triton's own tf32x3 chains three products, takes the first two for links of an attention, and
+    has both groups of warps make all 64 rows of them.)
+    """
+    if PRECISION == "tf32x3":
+        b_x, x_low = _split(b_x)
+        b_w, w_low = _split(b_w)
+        # In this order: others Triton 3.6 fails to pipeline for sm_100.
+        acc = tl.dot(b_x, b_w.trans(), acc, input_precision="tf32")
+        low_w = tl.dot(b_x, w_low.trans(), low_w, input_precision="tf32")
+        low_x = tl.dot(x_low, b_w.trans(), low_x, input_precision="tf32")
+    else:
+        acc = tl.dot(b_x, b_w.trans(), acc, input_precision=PRECISION)
+    return acc, low_x, low_w
+
+
+@jit
+def _store(p_y, m_y, acc, low, b_bias, PRECISION: tl.constexpr, RELU: tl.constexpr):
+    if PRECISION == "tf32x3":  # the low part of an infinity is NaN
+        acc += tl.where(tl.abs(acc) < float("inf"), low, 0.0)
     b_y = acc + b_bias[None, :]
     if RELU:
         b_y = tl.where(b_y < 0, 0.0, b_y)  # NaN stays
@@ -141,31 +190,43 @@ def _paired_linear_kernel(
     p_x = x_ptr + q.to(tl.int64) * HALVES * x_half + o_m[:, None] * s_xm + o_k[None, :] * s_xk
     p_w = w_ptr + o_n[:, None] * s_wn + o_k[None, :] * s_wk
     acc = tl.zeros([BM, BN], tl.float32)
-    acc_minus = acc
+    low_x, low_w, acc_minus, minus_x, minus_w = acc, acc, acc, acc, acc
     for k in range(0, K, BK):
         m_k = (o_k < K - k)[None, :]
         b_w = tl.load(p_w, mask=m_n[:, None] & m_k, other=0.0).to(tl.float32)
         b_x = _operand(tl.load(p_x, mask=m_m & m_k, other=0.0), DOT, UPCAST)
         b_z = shift_tile(key_ptr, o_row, k, K, tensor, third, amplitude, NOISE, BK)
         b_half = _operand(b_w + b_z, DOT, UPCAST)
-        acc = tl.dot(b_x, b_half.trans(), acc, input_precision=PRECISION)
+        acc, low_x, low_w = _multiply(b_x, b_half, acc, low_x, low_w, PRECISION)
         if PAIR:
             if not SHARED:
                 b_x = _operand(tl.load(p_x + x_half, mask=m_m & m_k, other=0.0), DOT, UPCAST)
             b_half = _operand(b_w - b_z, DOT, UPCAST)
-            acc_minus = tl.dot(b_x, b_half.trans(), acc_minus, input_precision=PRECISION)
+            acc_minus, minus_x, minus_w = _multiply(
+                b_x, b_half, acc_minus, minus_x, minus_w, PRECISION
+            )
         p_x += step_x
         p_w += step_w
     p_y = y_ptr + q.to(tl.int64) * HALVES * y_half + o_m[:, None] * N + o_n[None, :]
     m_y = m_m & m_n[None, :]
-    _store(p_y, m_y, acc, b_bias + b_shift, RELU)
+    _store(p_y, m_y, acc, low_x + low_w, b_bias + b_shift, PRECISION, RELU)
     if PAIR:
-        _store(p_y + y_half, m_y, acc_minus, b_bias - b_shift, RELU)
+        p_y += y_half
+        _store(p_y, m_y, acc_minus, minus_x + minus_w, b_bias - b_shift, PRECISION, RELU)
 
 
 def _extent(size: tuple[int, int], stride: tuple[int, ...], tile: Tile) -> int:
     """Beyond the largest offset in a matrix that a program forms, masked ones included."""
     return sum((n + max(tile[:3])) * abs(s) for n, s in zip(size, stride, strict=True))
+
+
+def _ragged(x: Tensor, w: Tensor, y: Tensor) -> bool:
+    """Whether an address, a stride or the length of a row is no multiple of 16.
+
+    Triton specialises by these: such a launch moves fewer than 16 bytes at a time.
+    """
+    extents = (*w.shape, *(s for t in (x, w) for s in t.stride() if s != 1))
+    return any(n % 16 for n in (*extents, *(t.data_ptr() for t in (x, w, y))))
 
 
 def launch(
@@ -186,7 +247,7 @@ def launch(
 ) -> None:
     """Launch over whole queries, or over one half alone."""
     (N, K), M = w.shape, y.shape[0] // count
-    tile = tile_for(M, x.dtype, w.dtype, y.dtype, precision)
+    tile = tile_for(M, x.dtype, w.dtype, y.dtype, precision, _ragged(x, w, y))
     sign = -1.0 if count == 1 and first % 2 else 1.0
     queries = (count + 1) // 2
     s_x, s_w = x.stride(), w.stride()
@@ -206,7 +267,7 @@ def launch(
         BIAS=bias is not None,
         RELU=relu,
         DOT=tl.bfloat16 if y.dtype == torch.bfloat16 else tl.float32,
-        PRECISION=precision,
+        PRECISION="ieee" if y.dtype == torch.bfloat16 else precision,
         UPCAST=interpreted(),
         INT64=max(extents) > INT32_MAX,
         BM=tile.rows,
@@ -218,4 +279,4 @@ def launch(
     )
 
 
-__all__ = ["TILES", "Tile", "launch", "tile_for"]
+__all__ = ["TILES", "Tile", "launch", "tile_for", "tiles_of"]

@@ -107,8 +107,9 @@ def sparse_int8(key_ptr, group, tensor, third, p0, r_max):
     w0, w1, w2, w3 = words(key_ptr, group, tensor, third)
     w = interleave4(w0, w1, w2, w3)
     h = tl.reshape(tl.join(w & 0xFFFF, w >> 16), [w.shape[0] * 2]).to(tl.int32)
-    width = 2 * r_max + 1
-    value = ((h - p0).to(tl.int64) * width // tl.maximum(65536 - p0, 1)).to(tl.int32) - r_max
+    # 65535 * 255 < 2^24; where h < p0 the quotient is not used.
+    b_n = ((h - p0) * (2 * r_max + 1)).to(tl.uint32)
+    value = (b_n // tl.cast(tl.maximum(65536 - p0, 1), tl.uint32)).to(tl.int32) - r_max
     return tl.where(h < p0, 0, value)
 
 

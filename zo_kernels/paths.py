@@ -8,7 +8,7 @@ halves are written and read. With N x K weights, M rows a half and Q queries:
 
 a and a' are the instructions that an element of noise costs in each (experiments/results/static),
 c the bytes of a staged weight, f and v the parts of the peak that our products and the vendor's
-reach. `experiments/benchmarks/paths.py` measures where the two lines cross.
+reach. `python -m experiments.benchmarks --only paths` measures where the two lines cross.
 """
 
 from __future__ import annotations
@@ -67,6 +67,8 @@ class Work:
         x_dtype, w_dtype, compute: of input, weight and product.
         precision: of fp32 products.
         half: one half alone runs (sequential pairing).
+        convolution: its tiles have 128 rows at the most; staged, the library is called once a half
+            and the outputs are joined, which reads and writes them again.
     """
 
     rows: int
@@ -82,6 +84,7 @@ class Work:
     compute: torch.dtype
     precision: str = "ieee"
     half: bool = False
+    convolution: bool = False
 
     @property
     def halves(self) -> int:
@@ -110,10 +113,13 @@ def seconds(work: Work, device: Device) -> dict[str, float]:
     x_bytes = work.x * (1 if work.shared else halves) * work.x_dtype.itemsize
     activations = x_bytes + work.y * halves * work.compute.itemsize
     tile = tile_for(work.rows, work.x_dtype, work.w_dtype, work.compute, work.precision)
-    blocks = -(-work.rows // tile.rows)
-    programs = queries * blocks * -(-work.outputs // tile.cols)
+    tile_rows, tile_cols = tile.rows, tile.cols
+    if work.convolution:
+        tile_rows, tile_cols = (64 if work.rows <= 64 else 128), min(64, work.outputs)
+    blocks = -(-work.rows // tile_rows)
+    programs = queries * blocks * -(-work.outputs // tile_cols)
     busy = min(1.0, programs / device.sms)  # few programs leave multiprocessors idle
-    filled = work.rows / (blocks * tile.rows) if blocks else 1.0
+    filled = work.rows / (blocks * tile_rows) if blocks else 1.0
     noise = queries * blocks * weights * FUSED_NOISE[work.noise] / device.alu
     fused = max(
         (activations + weights * work.w_dtype.itemsize) / device.memory,
@@ -125,7 +131,11 @@ def seconds(work: Work, device: Device) -> dict[str, float]:
         queries * weights * STAGED_NOISE[work.noise] / device.alu,
     )
     vendor = max((activations + written) / device.memory, products / VENDOR_PART[kind])
-    return {"fused": fused + LAUNCH, "staged": staging + vendor + 2 * LAUNCH}
+    calls = 2
+    if work.convolution and halves > 1 and not work.shared:
+        vendor += 2.0 * halves * work.y * work.compute.itemsize / device.memory
+        calls = 2 + halves
+    return {"fused": fused + LAUNCH, "staged": staging + vendor + calls * LAUNCH}
 
 
 def choose(work: Work, index: int | None = None) -> str:

@@ -2,5 +2,6 @@
 
 from elasticzo.models.lenet import LeNet5
 from elasticzo.models.resnet import ResNet20
+from elasticzo.models.vgg import VGG11
 
-__all__ = ["LeNet5", "ResNet20"]
+__all__ = ["VGG11", "LeNet5", "ResNet20"]

@@ -13,6 +13,7 @@ from zo_kernels.noise import KIND
 # padding) in NCHW: x is gathered element by element.
 LINES = {"B": 1024, "Ci": 64, "Co": 64, "H": 32, "W": 32, "K": 3}
 GATHERED = {"B": 1024, "Ci": 6, "Co": 64, "H": 28, "W": 28, "K": 5}
+BYTES = {"fp32": 4, "bf16": 2}
 FEW = {"B": 1, "H": 8, "W": 8}
 
 
@@ -46,6 +47,22 @@ def _integers(problem: dict[str, int], last: bool, pool: bool, shared: bool) -> 
         "y_half": batch * outputs * grid,
     }
     return integers
+
+
+def _work(
+    problem: dict[str, int], integers: dict[str, int], tile: Any, read: int, out: int, shared: bool
+) -> dict[str, int]:
+    """Of a launch over both halves; `read` and `out` are bytes of an element."""
+    rows, outputs, depth = integers["M"], integers["N"], integers["K"]
+    image = problem["B"] * integers["s_xb"]
+    y = problem["B"] * integers["s_yb"]
+    return {
+        "bytes": ((1 if shared else 2) * image + outputs * (depth + 1)) * read + 2 * y * out,
+        "flops": 4 * rows * outputs * depth,
+        "programs": -(-rows // tile.rows) * -(-outputs // tile.cols),
+        "turns": -(-depth // tile.depth),
+        "noise": tile.cols * tile.depth,
+    }
 
 
 def paired_conv2d(
@@ -99,7 +116,7 @@ def paired_conv2d(
         (*pointers, *(name for name in integers if integers[name] % 16 == 0)),
         tile.warps,
         tile.stages,
-        problem,
+        problem | _work(problem, integers, tile, BYTES[dtype], BYTES[out], shared),
     )
 
 

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from experiments.static.config import Config
+from experiments.static.int8_products import products
 from zo_kernels._int8 import ROUNDINGS
 from zo_kernels._layout import PER_CALL
 
@@ -161,6 +162,7 @@ def configs(target: str) -> Iterator[Config]:
     yield int8_update("stochastic")
     yield integer_cross_entropy(10)
     yield integer_softmax_error(10, "stochastic")
+    yield from products(target)
     if target == "cuda-90":
         yield int8_range(int64=True)
         yield int8_requantize("pseudo", flat=True)

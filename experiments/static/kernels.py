@@ -218,6 +218,7 @@ def paired_linear(
     pair: bool = True,
     bare: bool = False,
     ragged: bool = False,
+    hip: bool = False,
 ) -> Config:
     """The tile for `rows` of a kind of operands; "mixed" rounds fp32 ones to bf16.
 
@@ -225,7 +226,8 @@ def paired_linear(
     Time is predicted for as many rows as the tile has, for the largest one for 4,096.
     """
     module = _module("_paired_linear")
-    (tile,) = [tile for tile in module.TILES[kind] if tile.rows == rows]
+    tiles = module.tiles_of(kind, ragged, hip)
+    (tile,) = [tile for tile in tiles if tile.rows == rows]
     dtype = "bf16" if kind == "bf16" else "fp32"
     out = "bf16" if kind in ("bf16", "mixed") else "fp32"
     read = dict.fromkeys(("x_ptr", "w_ptr", "b_ptr"), f"*{dtype}")
@@ -236,7 +238,7 @@ def paired_linear(
     ones = ["s_xk", "s_wk", *([] if bare else ["s_b"])]
     flags = {"shared": shared, "single": not pair, "bare": bare, "ragged": ragged, "int64": int64}
     parts = [noise, kind, str(rows), *(name for name, on in flags.items() if on)]
-    most = SIDE if tile == module.TILES[kind][-1] else rows
+    most = SIDE if tile == tiles[-1] else rows
     return Config(
         "-".join(["paired_linear", *parts]),
         module._paired_linear_kernel,
@@ -297,25 +299,28 @@ def _staging(target: str) -> Iterator[Config]:
 
 def _products(target: str) -> Iterator[Config]:
     """Every tile; on sm_90 with either noise, and the other forms of a launch, too."""
+    hip = target.startswith("hip")
     for kind, tiles in _module("_paired_linear").TILES.items():
-        if kind == "tf32x3" and target.startswith("hip"):
+        if kind == "tf32x3" and hip:
             continue  # refused there
         whole = target == "cuda-90" or kind in ("bf16", "mixed", "tf32")
         for tile in tiles:
             for noise in NOISES if whole else ("normal",):
-                yield paired_linear(noise, kind, tile.rows)
+                yield paired_linear(noise, kind, tile.rows, hip=hip)
     if target == "cuda-90":
         yield paired_linear("rademacher", "mixed", 64, shared=True)
         yield paired_linear("normal", "bf16", 64, pair=False)
         yield paired_linear("normal", "bf16", 16, bare=True)
         yield paired_linear("normal", "tf32", 64, int64=True)
-        for rows in (16, 64, 128, 256):
+        for rows in (16, 64, 128):
             yield paired_linear("normal", "bf16", rows, ragged=True)
-        for kind, rows in (("bf16", 128), ("bf16", 256), ("mixed", 64), ("tf32", 16)):
+        for kind, rows in (("bf16", 128), ("mixed", 64), ("tf32", 16)):
             yield paired_linear("rademacher", kind, rows, ragged=True)
-    if target == "hip-gfx942":
-        yield paired_linear("normal", "mixed", 16, shared=True)
-        yield paired_linear("normal", "mixed", 16, ragged=True)
+    else:
+        yield paired_linear("normal", "bf16", 128, ragged=True, hip=hip)
+    if hip:
+        yield paired_linear("normal", "mixed", 16, shared=True, hip=True)
+        yield paired_linear("normal", "mixed", 16, ragged=True, hip=True)
 
 
 def configs(target: str) -> Iterator[Config]:

@@ -16,7 +16,8 @@ from zo_kernels._norms import alignment, power_of_two
 from zo_kernels._paired_batch_norm_plan import plan_of
 
 HALVES = 2
-VECTOR = {"fp32": 4, "bf16": 8}
+BYTES = {"fp32": 4, "bf16": 2}
+PARTS, TARGETS = 1024, 4096  # of the two small kernels of cross-entropy
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 BATCH_NORM, CROSS_ENTROPY, LAYER_NORM = (
     import_module(f"zo_kernels.{name}")
@@ -49,12 +50,15 @@ def batch_norm(
         plan = plan.wider()
     constants = plan.constants
     wide = {"INT64": plan.wide, "CHANNELS": plan.tile_channels}
+    blocks_r, blocks_c = plan.blocks
+    of_x, of_moments = BYTES[dtype] * x.numel(), 8 * HALVES * channels
     extents, spans = "outer rows channels", "outer rows channels splits per_split"
     moments = {"mean_ptr": "fp32", "var_ptr": "fp32"}
     match kind:
         case "moments":
             pointers = {"x_ptr": dtype, "mean_ptr": "fp32", "m2_ptr": "fp32"}
             constants |= wide | {"FINAL": plan.splits == 1}
+            moved, programs = of_x + plan.splits * of_moments, blocks_c * plan.splits
         case "merge":
             parts = {"part_mean_ptr": "fp32", "part_m2_ptr": "fp32"}
             pointers = {"x_ptr": dtype} | parts | moments
@@ -62,9 +66,12 @@ def batch_norm(
                 "SPLITS": power_of_two(plan.splits),
                 "CHANNELS": BATCH_NORM.MERGED_CHANNELS,
             }
+            moved = (plan.splits + 1) * of_moments
+            programs = -(-channels // BATCH_NORM.MERGED_CHANNELS)
         case _:
             pointers = {"x_ptr": dtype, "y_ptr": dtype} | moments | {"w_ptr": dtype, "b_ptr": dtype}
             constants |= wide | {"RUNNING": False, "WEIGHT": True, "BIAS": True, "RELU": relu}
+            moved, programs = 2 * of_x + of_moments, blocks_r * blocks_c * plan.outer
     return _config(
         f"paired_batch_norm_{kind}-{dtype}-{layout}-{batch}x{channels}x{size}x{size}",
         getattr(BATCH_NORM, f"_{kind}_kernel"),
@@ -72,7 +79,10 @@ def batch_norm(
         f"epsilon {extents}" if kind == "normalize" else spans,
         constants,
         BATCH_NORM.WARPS,
-        {"halves": HALVES, "batch": batch, "channels": channels, "spatial": size * size},
+        {
+            **{"halves": HALVES, "batch": batch, "channels": channels, "spatial": size * size},
+            **{"bytes": moved, "programs": HALVES * programs, "turns": plan.per_split},
+        },
     )
 
 
@@ -82,6 +92,9 @@ def layer_norm(dtype: str, rows: int, cols: int) -> Config:
     constants |= {"ALIGN": alignment(cols)}
     tile, long = LAYER_NORM.tile_for(rows, cols), LAYER_NORM.is_long(cols)
     constants |= {"BLOCK": tile[1]} if long else {"ROWS": tile[0], "COLS": tile[1]}
+    turns = -(-cols // tile[1])
+    moved = 2 * HALVES * (rows + 1) * cols * BYTES[dtype]  # also of long rows, read twice
+    programs = HALVES * (rows if long else -(-rows // tile[0]))
     return _config(
         f"paired_layer_norm-{dtype}-{rows}x{cols}",
         LAYER_NORM._long_layer_norm_kernel if long else LAYER_NORM._layer_norm_kernel,
@@ -89,7 +102,10 @@ def layer_norm(dtype: str, rows: int, cols: int) -> Config:
         "epsilon rows cols",
         constants,
         tile[2],
-        {"halves": HALVES, "rows": rows, "cols": cols},
+        {
+            **{"halves": HALVES, "rows": rows, "cols": cols},
+            **{"bytes": moved, "programs": programs, "turns": turns},
+        },
     )
 
 
@@ -99,20 +115,31 @@ def cross_entropy(kind: str, dtype: str, rows: int, classes: int, smooth: bool =
     constants = {"ALIGN": alignment(classes), "ROWS": height, "COLS": width}
     pointers = {"x_ptr": dtype, "target_ptr": "i64", "lse_ptr": "fp32"}
     sizes = "B C s_half s_row smoothing"
+    of_x, programs = HALVES * rows * classes * BYTES[dtype], HALVES * -(-rows // height)
+    moved, turns = 8 * rows + 4 * HALVES * rows, 1
     if kind == "forward":
         kernel = CROSS_ENTROPY._cross_entropy_kernel
         pointers |= {"part_ptr": "fp64"}
-        constants |= {"SMOOTH": smooth, "LOOP": classes > width, "VEC": min(VECTOR[dtype], width)}
+        constants |= {
+            "SMOOTH": smooth,
+            "LOOP": classes > width,
+            "VEC": min(16 // BYTES[dtype], width),
+        }
         scalars = f"part_count {sizes} ignore_index"
+        moved, turns = moved + of_x, -(-classes // width)
     else:
         kernel = CROSS_ENTROPY._cross_entropy_backward_kernel
         pointers |= {"scale_ptr": "fp32", "out_ptr": dtype}
         scalars = f"{sizes} uniform ignore_index"
+        moved, programs = moved + 2 * of_x, programs * -(-classes // width)
     return _config(
         f"paired_cross_entropy_{kind}-{dtype}-fp64-sum-{rows}x{classes}"
         f"{'-smooth' if smooth else ''}",
         *(kernel, pointers, scalars, constants, warps),
-        {"halves": HALVES, "rows": rows, "classes": classes},
+        {
+            **{"halves": HALVES, "rows": rows, "classes": classes},
+            **{"bytes": moved, "programs": programs, "turns": turns},
+        },
     )
 
 
@@ -121,15 +148,19 @@ def small_cross_entropy(kind: str) -> Config:
     if kind == "mean":
         pointers, scalars = {"part_ptr": "fp64", "loss_ptr": "fp32"}, "blocks part_count"
         constants, warps = {"BLOCK": CROSS_ENTROPY.SUM_BLOCK}, 4
+        problem = {"parts": PARTS, "bytes": 16 * HALVES * PARTS, "programs": HALVES}
+        turns = -(-PARTS // CROSS_ENTROPY.SUM_BLOCK)
     else:
         pointers = {"target_ptr": "i64", "grad_ptr": "fp32", "scale_ptr": "fp32"}
         scalars, warps = "B halves ignore_index", 8
         constants = {"HALVES": HALVES, "BLOCK": CROSS_ENTROPY.COUNT_BLOCK}
+        problem = {"rows": TARGETS, "bytes": 8 * TARGETS, "programs": 1}
+        turns = -(-TARGETS // CROSS_ENTROPY.COUNT_BLOCK)
     return _config(
         f"paired_cross_entropy_{kind}-fp64",
         getattr(CROSS_ENTROPY, f"_{kind}_kernel"),
         *(pointers, scalars, constants, warps),
-        {"halves": HALVES},
+        {"halves": HALVES, **problem, "turns": turns},
     )
 
 

@@ -7,7 +7,11 @@ from importlib import import_module
 from experiments.static.config import Config
 
 TARGETS = ("cuda-80", "cuda-90", "cuda-100", "hip-gfx942")
-MODULES = ("kernels",)  # of experiments.static; a test finds a module that is missing here
+MODULES = (
+    "kernels",
+    "conv2d",
+    "norms",
+)  # of experiments.static; a test finds a module that is missing here
 
 
 def configs(target: str) -> list[Config]:

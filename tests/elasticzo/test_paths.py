@@ -242,6 +242,20 @@ def test_predictions_by_hand() -> None:
     assert predicted["staged"] == pytest.approx(staging + vendor + 2 * paths.LAUNCH)
 
 
+def test_a_staged_convolution_joins_its_halves() -> None:
+    """The library runs once a half, and its outputs are read and written again."""
+    device = paths.DEVICES["H200"]
+    given = [1 << 20, 16, 144, 1, 1 << 24, 1 << 24]
+    kinds = [torch.bfloat16] * 3
+    layer, conv, shared = (
+        paths.seconds(paths.Work(*given, share, "normal", *kinds, convolution=is_conv), device)
+        for is_conv, share in ((False, False), (True, False), (True, True))
+    )
+    joined = 2 * 2 * (1 << 24) * 2 / device.memory + 2 * paths.LAUNCH
+    assert conv["staged"] - layer["staged"] == pytest.approx(joined)
+    assert shared["staged"] < layer["staged"]
+
+
 def test_devices_are_known_by_name() -> None:
     assert paths.device_named("NVIDIA H200") is paths.DEVICES["H200"]
     assert paths.device_named("NVIDIA A100-SXM4-80GB") is paths.DEVICES["A100"]

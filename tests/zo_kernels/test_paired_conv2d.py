@@ -161,7 +161,7 @@ def test_channels_last(case: Any, formats: str, pool: bool, backend: str, device
 
 @pytest.mark.parametrize("shared", [False, True], ids=["separate", "shared"])
 @pytest.mark.parametrize("with_bias", [False, True], ids=["no-bias", "bias"])
-@pytest.mark.parametrize("after", ["", "relu", "pool", "relu-pool"])
+@pytest.mark.parametrize("after", ["", "relu", "relu-pool"])
 @pytest.mark.parametrize("noise", NOISES)
 def test_queries_bias_relu_pool_shared(
     noise: str, after: str, with_bias: bool, shared: bool, backend: str, device: Any
@@ -176,7 +176,7 @@ def test_queries_bias_relu_pool_shared(
 @pytest.mark.parametrize("kernel", [1, 2, 3])
 @pytest.mark.parametrize("stride", [1, 2, 3])
 def test_pooling_drops_what_is_odd(stride: int, kernel: int, backend: str, device: Any) -> None:
-    for size in ((7, 8), (8, 6), (9, 11)):
+    for size in ((7, 8), (8, 9)):
         x, w, bias = inputs((2, 2, 3, size, (kernel, kernel)), 2, device=device)
         geometry = {"stride": stride, "padding": kernel // 2}
         y = check(x, w, bias, backend, pool=True, **geometry)

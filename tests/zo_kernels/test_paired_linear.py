@@ -258,6 +258,17 @@ def test_relu_keeps_nan(backend: str, device: Any) -> None:
     assert y[1].isnan().all() and not y[[0, 2, 3]].isnan().any() and (y[[0, 2, 3]] >= 0).all()
 
 
+def test_tf32x3_keeps_infinities_and_nan(backend: str, device: Any) -> None:
+    """The low part of an infinity is NaN, which must not reach the sum."""
+    x, w, bias = inputs((5, 20, 40), 2, device=device)
+    x[0, 3], x[1, 4] = float("inf"), -float("inf")
+    x.view(torch.int32)[2, 5] = 0x7FFFFFFF  # the NaN that GPUs make: rounding up would wrap it
+    x[3, 6] = 1e37
+    for precision in ("ieee", "tf32x3"):
+        y = run(x, w, bias, backend, precision=precision)
+        assert y[:2].isinf().all() and y[2].isnan().all() and y[3:].isfinite().all()
+
+
 def integers(device: Any) -> tuple[Tensor, Tensor, Tensor]:
     """With signs, sums of these are exact in any order."""
     sizes = (2 * 70, 150), (70, 150), (70,)
@@ -298,6 +309,53 @@ def test_a_tile_holds_the_rows_or_is_the_largest() -> None:
             smaller = [t for t in tiles if t.rows < tile.rows]
             assert tile.rows >= min(rows, tiles[-1].rows)
             assert all(t.rows < rows for t in smaller) and tile.depth in (32, 64, 128)
+
+
+@needs_triton
+def test_tiles_of_ragged_sizes_and_of_amd_are_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("zo_kernels._paired_linear")
+    bf16, mixed = (10**6, BF16, BF16, BF16, "ieee"), (10**6, FP32, FP32, BF16, "ieee")
+    assert module.tile_for(*bf16).rows == 256 and module.tile_for(*bf16, True).rows == 128
+    assert module.tile_for(*mixed).stages == 3
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert module.tile_for(*mixed)[:4] == module.tiles_of("mixed")[-1][:4]
+    assert module.tile_for(*mixed).stages == 2
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("case", "ragged"),
+    [
+        ("aligned", False),
+        ("transposed", False),
+        ("K", True),
+        ("N", True),
+        ("stride", True),
+        ("address", True),
+    ],
+)
+def test_a_launch_knows_what_is_ragged(
+    case: str, ragged: bool, device: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("zo_kernels._paired_linear")
+    tile_for, seen = module.tile_for, []
+
+    def spy(*args: Any) -> Any:
+        seen.append(args[-1])
+        return tile_for(*args)
+
+    monkeypatch.setattr(module, "tile_for", spy)
+    x, w, _ = inputs((16, 48, 64), 2, BF16, device)
+    wide = torch.zeros(48, 72, dtype=BF16, device=device)
+    views = {
+        "transposed": (x.t().contiguous().t(), w.t().contiguous().t()),
+        "K": (x[:, :63].contiguous(), w[:, :63].contiguous()),
+        "N": (x, w[:47]),
+        "stride": (x, wide[:, :64]),
+        "address": (torch.zeros(33 * 64, dtype=BF16, device=device)[4:-60].view(32, 64), w),
+    }
+    run(*views.get(case, (x, w)), None, "triton")
+    assert seen == [ragged]
 
 
 @needs_triton

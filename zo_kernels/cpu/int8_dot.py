@@ -90,6 +90,43 @@ def _block(typing_context, rows, x, at, step, offsets, w, w_at, first, first_at,
     return types.void(*arguments), generate
 
 
+def _vector(context, builder, signature, args, i):
+    """A pointer to 16 words of the array `args[i]`, from its place `args[i + 1]` on."""
+    array = context.make_array(signature.args[i])(context, builder, args[i])
+    return builder.bitcast(builder.gep(array.data, [args[i + 1]]), WORDS.as_pointer())
+
+
+@intrinsic
+def _move(typing_context, x, at, out, out_at):
+    """16 words of `x` to `out`."""
+
+    def generate(context, builder, signature, args):
+        words = builder.load(_vector(context, builder, signature, args, 0), align=4)
+        builder.store(words, _vector(context, builder, signature, args, 2), align=4)
+        return context.get_dummy_value()
+
+    return types.void(x, types.int64, out, types.int64), generate
+
+
+@intrinsic
+def _maxima(typing_context, x, at, below, out, out_at):
+    """The largest of a window: of 16 words of `x`, the 16 behind them, and those `below` both."""
+
+    def generate(context, builder, signature, args):
+        p_x = builder.bitcast(_vector(context, builder, signature, args, 0), WORD.as_pointer())
+        best = None
+        for distance in (LONG(0), LONG(LANES), args[2], builder.add(args[2], LONG(LANES))):
+            p_words = builder.bitcast(builder.gep(p_x, [distance]), WORDS.as_pointer())
+            words = builder.load(p_words, align=4)
+            if best is not None:
+                words = builder.select(builder.icmp_signed(">", words, best), words, best)
+            best = words
+        builder.store(best, _vector(context, builder, signature, args, 3), align=4)
+        return context.get_dummy_value()
+
+    return types.void(x, types.int64, types.int64, out, types.int64), generate
+
+
 @njit(inline="always")
 def _row(width, x, at, step, offsets, w, w_at, first, first_at, out, out_at):
     """`width` neighbouring outputs in blocks; the last may overlap the one before it."""
@@ -140,75 +177,85 @@ def pack(w, shape, panels, first):
 
 
 @njit(inline="always")
-def _fill(image, x, at, size, strides, pad, padded_w):
-    """`x + 128` of one image into the middle of a padded one, channels innermost."""
+def _fill(image, plain, x, at, size, strides, pad, padded_w):
+    """`x + 128` of one image into the middle of a padded one, channels innermost; `plain` holds it
+    while it is turned."""
     channels, height, width = size
     s_c, s_h, s_w = strides
+    line = width * channels
+    lined = (s_c == 1 or channels == 1) and (s_w == channels or width == 1)
+    if not lined:
+        for c in range(channels):
+            if s_w > 0 and s_h == width * s_w:  # rows follow each other
+                p = at + c * s_c
+                channel = x[p : p + (height * width - 1) * s_w + 1 : s_w]
+                to = plain[c : height * line : channels]
+                for i in range(to.shape[0]):
+                    to[i] = channel[i]
+            else:
+                for h in range(height):
+                    for i in range(width):
+                        plain[h * line + i * channels + c] = x[at + c * s_c + h * s_h + i * s_w]
     for h in range(height):
-        to = ((h + pad[0]) * padded_w + pad[1]) * channels
-        line = image[to : to + width * channels]
-        if (s_c == 1 or channels == 1) and (s_w == channels or width == 1):
-            row = x[at + h * s_h : at + h * s_h + width * channels]
-            for j in range(line.shape[0]):
-                line[j] = u8(u8(row[j]) ^ u8(ZERO))
-        else:
-            for c in range(channels):
-                p = at + h * s_h + c * s_c
-                for i in range(width):
-                    line[i * channels + c] = u8(u8(x[p + i * s_w]) ^ u8(ZERO))
+        p = at + h * s_h
+        row = x[p : p + line] if lined else plain[h * line : (h + 1) * line]
+        p = ((h + pad[0]) * padded_w + pad[1]) * channels
+        to_row = image[p : p + line]
+        for i in range(to_row.shape[0]):
+            to_row[i] = u8(u8(row[i]) ^ u8(ZERO))
 
 
 @njit(inline="always")
-def _finish(rows, width, relu, pool):
-    """Pool and rectify sums `[1 or 2, width, 16]` in place; returns how many are left, and their
-    largest `|x| - 1`."""
-    if pool:
-        pairs = width // 2
-        upper, lower = rows[: width * LANES], rows[width * LANES :]
-        for i in range(pairs):
-            for n in range(LANES):
-                p = 2 * i * LANES + n
-                left, right = max(upper[p], lower[p]), max(upper[p + LANES], lower[p + LANES])
-                rows[i * LANES + n] = max(left, right)
-        width = pairs
-    values = rows[: width * LANES]
+def _rectify(values, relu):
+    """In place where asked; returns the largest `|x| - 1`."""
     largest = i32(0)
     if relu:
         for i in range(values.shape[0]):
             v = max(values[i], i32(0))
             values[i] = v
             largest = max(largest, v)
-        largest = max(i32(largest - i32(1)), i32(0))
-    else:
-        for i in range(values.shape[0]):
-            v = values[i]
-            largest = max(largest, i32(~v) if v < 0 else i32(v - i32(v > 0)))
-    return width, largest
+        return max(i32(largest - i32(1)), i32(0))
+    for i in range(values.shape[0]):
+        v = values[i]
+        largest = max(largest, i32(~v) if v < 0 else i32(v - i32(v > 0)))
+    return largest
 
 
 @njit(inline="always")
-def _scatter(rows, width, out, at, channels, s_n, s_w):
+def _scatter(sums, height, width, out, at, channels, strides):
+    """Sums `[height, width, 16]` to where they belong: `channels` of the 16."""
+    s_n, s_h, s_w = strides
     if s_n == 1:
-        for i in range(width):
-            to, row = out[at + i * s_w : at + i * s_w + channels], rows[i * LANES :]
-            for n in range(channels):
-                to[n] = row[n]
-    elif s_w == 1:
-        for n in range(channels):
-            to = out[at + n * s_n : at + n * s_n + width]
+        for h in range(height):
             for i in range(width):
-                to[i] = rows[i * LANES + n]
-    else:
-        for n in range(channels):
-            for i in range(width):
-                out[at + n * s_n + i * s_w] = rows[i * LANES + n]
+                p, place = at + h * s_h + i * s_w, (h * width + i) * LANES
+                if channels == LANES:
+                    _move(sums, place, out, p)
+                else:
+                    for n in range(channels):
+                        out[p + n] = sums[place + n]
+        return
+    lines, wide = height, width
+    if s_h == width * s_w:  # rows follow each other: one long row
+        lines, wide = 1, height * width
+    for n in range(channels):
+        for h in range(lines):
+            p = at + n * s_n + h * s_h
+            row = sums[h * wide * LANES + n : (h + 1) * wide * LANES : LANES]
+            if s_w == 1:
+                to = out[p : p + wide]
+                for i in range(to.shape[0]):
+                    to[i] = row[i]
+            else:
+                for i in range(wide):
+                    out[p + i * s_w] = row[i]
 
 
 @njit(nogil=True, cache=True)
 def convolve(x, x_walk, size, geometry, grid, panels, first, offsets, out, out_walk, after, span):
     """A convolution by the weights of some halves; returns the largest `|x| - 1` of each.
 
-    `x`, `out`: flat views of memory. `x_walk`: place of the first image, the strides of a batch, a
+    `x`, `out`: flat views of memory. `x_walk`: place of the first image, the strides of an image, a
     channel, a row, a column; `out_walk`: place, strides of a half, an image, a channel, a row, a
     column. `size` = (channels, height, width) of an image, `geometry` = (stride, padding) as pairs,
     `grid` = (channels, height, width) of the convolution before pooling. `panels` [halves, bytes]
@@ -219,10 +266,11 @@ def convolve(x, x_walk, size, geometry, grid, panels, first, offsets, out, out_w
     stride, pad = geometry
     channels, height, width = grid
     relu, pool = after
-    lines = 2 if pool else 1
     padded_w = size[2] + 2 * pad[1]
     image = np.full((size[1] + 2 * pad[0]) * padded_w * size[0] + SLACK, ZERO, np.uint8)
-    sums = np.empty(lines * width * LANES, np.int32)
+    plain = np.empty(size[0] * size[1] * size[2], np.int8)
+    sums = np.empty(height * width * LANES, np.int32)
+    pair = np.empty(2 * width * LANES, np.int32)
     steps = offsets.shape[0]
     largest = np.zeros(panels.shape[0], np.int32)
     step, line = stride[1] * size[0], stride[0] * padded_w * size[0]
@@ -230,23 +278,27 @@ def convolve(x, x_walk, size, geometry, grid, panels, first, offsets, out, out_w
         left = span[2] - b * width
         wide = min(width, left)
         inside = (size[0], size[1], size[2] if left >= width else left)
-        _fill(image, x, x_walk[0] + b * x_walk[1], inside, x_walk[2:], pad, padded_w)
+        _fill(image, plain, x, x_walk[0] + b * x_walk[1], inside, x_walk[2:], pad, padded_w)
+        high, broad = (height // 2, wide // 2) if pool else (height, wide)
         for half in range(panels.shape[0]):
             w, begin = panels[half], first[half]
-            for panel in range((channels + LANES - 1) // LANES):
-                n, w_at = panel * LANES, panel * steps * 4 * LANES
-                some = min(LANES, channels - n)
+            for n in range(0, channels, LANES):
+                w_at = n * steps * 4
+                for h in range(high):
+                    to = h * broad * LANES
+                    if pool:
+                        for i in range(2):
+                            at, half_at = (2 * h + i) * line, i * wide * LANES
+                            _row(wide, image, at, step, offsets, w, w_at, begin, n, pair, half_at)
+                        for i in range(broad):
+                            _maxima(pair, 2 * i * LANES, wide * LANES, sums, to + i * LANES)
+                    else:
+                        _row(wide, image, h * line, step, offsets, w, w_at, begin, n, sums, to)
+                most = _rectify(sums[: high * broad * LANES], relu)
+                largest[half] = max(largest[half], most)
                 place = out_walk[0] + half * out_walk[1] + b * out_walk[2] + n * out_walk[3]
-                for h in range(height // lines):
-                    for i in range(lines):
-                        to = i * wide * LANES
-                        at = (h * lines + i) * line
-                        _row(wide, image, at, step, offsets, w, w_at, begin, n, sums, to)
-                    count, most = _finish(sums, wide, relu, pool)
-                    largest[half] = max(largest[half], most)
-                    _scatter(
-                        sums, count, out, place + h * out_walk[4], some, out_walk[3], out_walk[5]
-                    )
+                some = min(LANES, channels - n)
+                _scatter(sums, high, broad, out, place, some, out_walk[3:])
     return largest
 
 

@@ -105,12 +105,12 @@ def _over_images(images: int, products: int, job: Callable[[int, int], Any]) -> 
 
 
 class Images(NamedTuple):
-    """`count` images of a half: `[C, H, W]`, and strides of a half, an image, a channel, a row, a
+    """`number` images of a half: `[C, H, W]`, and strides of a half, an image, a channel, a row, a
     column; together they have `columns`, where the last one is narrower."""
 
-    count: int
-    size: tuple[int, int, int]
-    strides: tuple[int, int, int, int, int]
+    number: int
+    size: tuple[int, ...]
+    strides: tuple[int, ...]
     columns: int
 
 
@@ -143,13 +143,13 @@ def _multiply(
             *((relu, pool), grid.columns),
         )
         products = together * grid.columns * grid.size[1] * halves.shape[1]
-        largest += _over_images(images.count, products, job).tolist()
+        largest += _over_images(images.number, products, job).tolist()
     return torch.tensor([n.bit_length() for n in largest], dtype=torch.int32)
 
 
 def _span(*args: Any) -> Any:
     *rest, columns, begin, end = args
-    return convolve(*rest, (begin, end, columns))
+    return convolve(*rest, (begin, end, columns))  # type: ignore[call-arg]
 
 
 def int8_paired_linear(

@@ -17,10 +17,8 @@ def integer_product(x: Tensor, w: Tensor) -> Tensor:
     x, w = x.to(torch.int32), w.to(torch.int32)
     if x.device.type == "cpu":
         return x @ w.mT
-    products = [
-        (rearrange(rows, "m k -> m 1 k") * w).sum(2, dtype=torch.int32) for rows in x.split(ROWS)
-    ]
-    return torch.cat(products) if products else x.new_zeros((0, w.shape[0]))
+    parts = torch.split(rearrange(x, "m k -> m 1 k"), ROWS)
+    return torch.cat([(rows * w).sum(2, dtype=torch.int32) for rows in parts])
 
 
 def int8_halves(
@@ -36,8 +34,8 @@ def int8_halves(
     if key is None:
         return w.expand(stop - start, *w.shape)
     assert tensor is not None
-    noise = {"p_zero": p_zero, "r_max": r_max}
-    return int8_perturbed_weights(w, key, tensor=tensor, start=start, stop=stop, **noise)
+    span = {"tensor": tensor, "start": start, "stop": stop, "r_max": r_max}
+    return int8_perturbed_weights(w, key, p_zero=p_zero, **span)
 
 
 def int8_paired_linear(

@@ -25,7 +25,8 @@ def product(a: Tensor, b: Tensor, precision: str) -> Tensor:
     if precision == "tf32":
         return a_high @ b_high
     a_low, b_low = to_tf32(a - a_high), to_tf32(b - b_high)
-    return a_low @ b_high + a_high @ b_low + a_high @ b_high
+    high, low = a_high @ b_high, a_low @ b_high + a_high @ b_low
+    return high + torch.where(high.isfinite(), low, 0.0)  # the low part of an infinity is NaN
 
 
 def paired_products(

@@ -1,0 +1,214 @@
+"""The shipped specialisations of the integer products; `int8` gives them to the table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import zo_kernels._int8_paired_conv2d as conv2d
+import zo_kernels._int8_paired_linear as linear
+from experiments.static.config import Config
+from zo_kernels._paired_linear import Tile
+
+SIDE = 4096  # of the square weight for which time is predicted
+# A layer of a residual network in channels_last: x runs in lines of channels. LeNet's second layer
+# in NCHW: x is gathered byte by byte.
+LINES = {"B": 1024, "Ci": 64, "Co": 64, "H": 32, "W": 32, "KH": 3}
+GATHERED = {"B": 1024, "Ci": 6, "Co": 64, "H": 14, "W": 14, "KH": 5}
+NOISE = ("tensor", "first_query", "p0", "magic", "shift", "r_max")  # never specialised
+
+
+def _pointers(noise: bool) -> dict[str, str]:
+    pointers = dict.fromkeys(("x_ptr", "w_ptr"), "*i8")
+    pointers |= dict.fromkeys(("acc_ptr", "bits_ptr"), "*i32")
+    return pointers | {"key_ptr": "*i64" if noise else "*i8"}  # x stands for what is not read
+
+
+def _problem(
+    tile: Tile, rows: int, cols: int, depth: int, inputs: int, outputs: int, halves: int
+) -> dict[str, int]:
+    """`inputs` and `outputs`: elements read and written, the weight aside."""
+    return {
+        "M": rows,
+        "N": cols,
+        "K": depth,
+        "bytes": cols * depth + inputs + 4 * outputs,
+        "flops": 2 * halves * rows * cols * depth,
+        "programs": -(-rows // tile.rows) * -(-cols // tile.cols),
+        "turns": -(-depth // tile.depth),
+    }
+
+
+def int8_paired_linear(
+    tile: Tile,
+    *,
+    ragged: bool = False,
+    noise: bool = True,
+    pair: bool = True,
+    shared: bool = False,
+    int64: bool = False,
+    order: str = "nt",
+) -> Config:
+    """A square weight, for as many rows as the tile has, for the largest one 4,096.
+
+    `order`: "nt" is `x w^T`, "nn" the error that goes back, "tn" the gradient of a weight.
+    """
+    pointers = _pointers(noise)
+    strides = {"nt": ("s_xk", "s_wk"), "nn": ("s_xk", "s_wn"), "tn": ("s_xm", "s_wn")}[order]
+    every = ("M", "N", "K", "s_xm", "s_xk", "s_wn", "s_wk", "x_half", "acc_half")
+    sizes = tuple(name for name in every if name not in strides)
+    flags = {"plain": not noise, "single": not pair, "shared": shared, "ragged": ragged}
+    flags |= {order: order != "nt", "int64": int64}
+    halves = 2 if pair else 1
+    rows = SIDE if tile.rows == linear.TILES[-1].rows else tile.rows
+    elements = (rows * SIDE * (1 if shared else halves), halves * rows * SIDE)
+    problem = _problem(tile, rows, SIDE, SIDE, *elements, halves)
+    return Config(
+        f"int8_paired_linear-{tile.rows}" + "".join(f"-{n}" for n, on in flags.items() if on),
+        linear._int8_paired_linear_kernel,
+        pointers | dict.fromkeys((*NOISE, *sizes), "i32"),
+        dict.fromkeys(strides, 1)
+        | {
+            "NOISE": noise,
+            "PAIR": pair,
+            "MINUS": False,
+            "SHARED": shared,
+            "RELU": order == "nt",
+            "INT64": int64,
+            "BM": tile.rows,
+            "BN": tile.cols,
+            "BK": tile.depth,
+        },
+        tuple(pointers) if ragged else (*pointers, *sizes),
+        tile.warps,
+        tile.stages,
+        problem | ({"noise": tile.cols * tile.depth} if noise else {}),
+    )
+
+
+def _sizes(layer: dict[str, int], last: bool, pool: bool, shared: bool) -> dict[str, int]:
+    """Integer arguments of a launch with stride 1 and as much padding as keeps the size."""
+    batch, channels, outputs, height, width, kernel = layer.values()
+    grid_h, grid_w = (height // 2, width // 2) if pool else (height, width)
+    pixels, grid = height * width, grid_h * grid_w
+    depth = kernel * kernel * channels
+    return {
+        "M": batch * grid * (4 if pool else 1),
+        "N": outputs,
+        "K": depth,
+        "channels": channels,
+        "size_h": height,
+        "size_w": width,
+        "grid_h": grid_h,
+        "grid_w": grid_w,
+        **dict.fromkeys(("stride_h", "stride_w", "dilation_h", "dilation_w"), 1),
+        "s_xb": channels * pixels,
+        "s_xc": 1 if last else pixels,
+        "s_xh": width * (channels if last else 1),
+        "s_xw": channels if last else 1,
+        "s_wn": depth,
+        "s_outer": channels if last else 1,
+        "s_inner": 1 if last else kernel * kernel,
+        "s_ab": outputs * grid,
+        "s_ap": outputs if last else 1,
+        "s_an": 1 if last else grid,
+        "x_half": 0 if shared else batch * channels * pixels,
+        "acc_half": batch * outputs * grid,
+    }
+
+
+def int8_paired_conv2d(
+    tile: Tile,
+    *,
+    lines: bool,
+    pool: bool = False,
+    noise: bool = True,
+    pair: bool = True,
+    shared: bool = False,
+    int64: bool = False,
+) -> Config:
+    layer = (LINES if lines else GATHERED) | {"Co": tile.cols}
+    sizes, pointers = _sizes(layer, lines, pool, shared), _pointers(noise)
+    ones = {name: 1 for name, value in sizes.items() if value == 1}
+    rest = (*NOISE, "pad_h", "pad_w")
+    types = {name: "i32" for name in (*sizes, *rest) if name not in ones}
+    flags = {"pool": pool, "plain": not noise, "single": not pair}
+    flags |= {"shared": shared, "int64": int64}
+    access, halves = "lines" if lines else "gathered", 2 if pair else 1
+    inputs = layer["B"] * layer["Ci"] * layer["H"] * layer["W"] * (1 if shared else halves)
+    outputs = halves * sizes["acc_half"]
+    rows, cols, depth = (sizes[name] for name in "MNK")
+    problem = _problem(tile, rows, cols, depth, inputs, outputs, halves)
+    return Config(
+        f"int8_paired_conv2d-{tile.rows}x{tile.cols}-{access}"
+        + "".join(f"-{name}" for name, on in flags.items() if on),
+        conv2d._int8_paired_conv2d_kernel,
+        pointers | types,
+        ones
+        | {
+            "KERNEL_W": layer["KH"],
+            "NOISE": noise,
+            "PAIR": pair,
+            "MINUS": False,
+            "SHARED": shared,
+            "RELU": True,
+            "POOL": pool,
+            "PAD": True,
+            "ONE_TAP": layer["Ci"] % tile.depth == 0,
+            "INT64": int64,
+            "BM": tile.rows,
+            "BN": tile.cols,
+            "BK": tile.depth,
+        },
+        (*pointers, *(name for name in sizes if sizes[name] % 16 == 0)),
+        tile.warps,
+        tile.stages,
+        problem | ({"noise": tile.cols * tile.depth} if noise else {}),
+    )
+
+
+def _linear(target: str) -> Iterator[Config]:
+    for tile in linear.TILES:
+        yield int8_paired_linear(tile)
+    for tile in linear.RAGGED:
+        yield int8_paired_linear(tile, ragged=True)
+    if target == "cuda-90":
+        for tile in linear.TILES:
+            yield int8_paired_linear(tile, noise=False, pair=False)
+            yield int8_paired_linear(tile, noise=False, pair=False, order="nn")
+        for tile in linear.RAGGED:
+            yield int8_paired_linear(tile, noise=False, pair=False, ragged=True, order="tn")
+            yield int8_paired_linear(tile, ragged=True, int64=True)
+        yield int8_paired_linear(linear.TILES[-1], shared=True)
+        yield int8_paired_linear(linear.TILES[-1], pair=False)
+        yield int8_paired_linear(linear.TILES[-1], int64=True)
+
+
+def _tiles() -> Iterator[tuple[Tile, bool]]:
+    """Tiles, for x in lines and gathered."""
+    for tile in conv2d.TILES:
+        yield tile, True
+        if tile.cols <= conv2d.GATHERED_COLS:
+            yield tile, False
+
+
+def _conv2d(target: str) -> Iterator[Config]:
+    largest, few = conv2d.TILES[-1], conv2d.TILES[1]
+    for tile, lines in _tiles():
+        if target == "cuda-90" or tile.cols >= conv2d.GATHERED_COLS:
+            yield int8_paired_conv2d(tile, lines=lines, pool=not lines)
+    if target == "cuda-90":
+        yield int8_paired_conv2d(few, lines=False)
+        yield int8_paired_conv2d(largest, lines=True, pool=True)
+        yield int8_paired_conv2d(largest, lines=True, shared=True)
+        yield int8_paired_conv2d(largest, lines=True, noise=False, pair=False)
+        yield int8_paired_conv2d(largest, lines=True, int64=True)
+        yield int8_paired_conv2d(few, lines=False, pool=True, int64=True)
+
+
+def products(target: str) -> Iterator[Config]:
+    """The tiles on each target; on sm_90 all of them, and other forms of a launch."""
+    yield from _linear(target)
+    yield from _conv2d(target)
+
+
+__all__ = ["int8_paired_conv2d", "int8_paired_linear", "products"]
