@@ -84,7 +84,8 @@ def _to_accumulators(block: Block, own: Kept, q: Tensor, half: int, count: int) 
 
 
 def windows(layer: Int8Layer, x: Tensor) -> Tensor:
-    """im2col: `[B, Ci, H, W]` -> `[B OH OW, Ci KH KW]`, int8."""
+    """im2col: `[B, Ci, H, W]` -> `[Ci KH KW, B OH OW]`, int8. Columns last: whole rows of an image
+    are copied, not the few elements of a window's row."""
     (kh, kw), (ph, pw) = layer.weight2d.shape[2:], layer.padding
     (sh, sw), (dh, dw) = layer.stride, layer.dilation
     padded = F.pad(x, (pw, pw, ph, ph))
@@ -93,24 +94,23 @@ def windows(layer: Int8Layer, x: Tensor) -> Tensor:
     ow = (width - dw * (kw - 1) - 1) // sw + 1
     s_b, s_c, s_h, s_w = padded.stride()
     view = padded.as_strided(
-        (batch, oh, ow, channels, kh, kw), (s_b, s_h * sh, s_w * sw, s_c, s_h * dh, s_w * dw)
+        (channels, kh, kw, batch, oh, ow), (s_c, s_h * dh, s_w * dw, s_b, s_h * sh, s_w * sw)
     )
-    return view.reshape(batch * oh * ow, channels * kh * kw)
+    return view.reshape(channels * kh * kw, batch * oh * ow)
 
 
 def weight_gradient(layer: Int8Layer, error: Tensor, x: Tensor, backend: str) -> list[Tensor]:
     """`err^T x`: int32 like the weight; more than one where int32 could not hold the sum."""
-    if layer.convolution:
+    if not layer.convolution:
+        columns = x.t()
+    else:
         if layer.weight.ndim == 3:
             error, x = error.unsqueeze(2), x.unsqueeze(2)
-        x = windows(layer, x)
-        error = error.permute(0, 2, 3, 1).reshape(len(x), -1)
-    return [
-        int8_matmul(e.t().contiguous(), part.contiguous(), backend=backend)[0].view(
-            layer.weight.shape
-        )
-        for e, part in zip(torch.split(error, MAX_ROWS), torch.split(x, MAX_ROWS), strict=True)
-    ]
+        columns = windows(layer, x)
+        error = error.permute(0, 2, 3, 1).flatten(0, 2)
+    parts = zip(torch.split(error, MAX_ROWS), torch.split(columns, MAX_ROWS, 1), strict=True)
+    products = [int8_matmul(part, e, backend=backend)[0] for e, part in parts]
+    return [g.t().reshape(layer.weight.shape) for g in products]
 
 
 def input_error(

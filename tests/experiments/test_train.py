@@ -26,7 +26,7 @@ from tests.experiments.conftest import Start
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"method": "cls3"}, "method must be one of full-zo, cls2, .*, got 'cls3'"),
-    ({"precision": "fp16"}, "precision must be one of fp32, bf16, got 'fp16'"),
+    ({"precision": "fp16"}, "precision must be one of fp32, bf16, int8, got 'fp16'"),
     ({"noise": "uniform"}, "noise must be one of normal, rademacher, got 'uniform'"),
     ({"eps": 0.0}, r"eps must be in \(0, inf\), got 0.0"),
     ({"eps": math.nan}, r"eps must be in \(0, inf\), got nan"),

@@ -35,8 +35,6 @@ def layer_of(w: Tensor, **settings: Any) -> Int8Layer:
 @pytest.mark.parametrize("settings", CONVS, ids=[str(c) for c in CONVS])
 @pytest.mark.parametrize("size", [(9, 11), (8, 10)], ids=["odd", "even"])
 def test_convolution(settings: dict[str, Any], size: tuple[int, int], backend: str) -> None:
-    if backend == "triton" and size == (8, 10):
-        pytest.skip("the interpreter is slow: one size")
     w, x = ints(4, 3, 3, 2), ints(2, 3, *size)
     layer = layer_of(w, **settings)
     wd, xd = w.double().requires_grad_(), x.double().requires_grad_()
