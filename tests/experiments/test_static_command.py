@@ -23,7 +23,8 @@ from experiments.static.table import RESULTS, read
 def test_every_module_with_configurations_is_registered() -> None:
     folder = Path(registry.__file__).parent
     with_configs = {p.stem for p in folder.glob("*.py") if "\ndef configs(" in p.read_text()}
-    assert with_configs - {"registry"} == {*registry.MODULES}
+    known = {*registry.MODULES, *registry.NOT_IN_THE_TABLE}
+    assert with_configs - {"registry"} <= known and {*registry.MODULES} <= with_configs
 
 
 def test_one_list_of_targets() -> None:
