@@ -178,7 +178,9 @@ def _as_tuple(tree: Any) -> tuple[Any, ...]:
 
 def _fill(static: tuple[Any, ...], given: tuple[Any, ...], what: str) -> None:
     """Copy a batch into the memory that the graph reads."""
-    mine, theirs = pytree.tree_leaves(static), pytree.tree_leaves(given)
+    (mine, shape), (theirs, came) = pytree.tree_flatten(static), pytree.tree_flatten(given)
+    if shape != came:
+        raise ValueError(f"the step was captured for {what} of the form {shape}, got {came}")
     kinds = [
         [(tuple(t.shape), t.dtype) if isinstance(t, Tensor) else t for t in leaves]
         for leaves in (mine, theirs)
@@ -217,18 +219,27 @@ def _refuse(zo: ZOSGD, tail: torch.optim.Optimizer | None) -> None:
 
 
 def _fixed(zo: ZOSGD, tail: torch.optim.Optimizer | None) -> tuple[Any, ...]:
-    """What a graph has for good: addresses of parameters, and settings that are numbers."""
-    where = tuple(p.data_ptr() for p in zo.model.module.parameters())
+    """What a graph has for good: addresses of all that it reads or writes, and numbers."""
+    optimizers = [optimizer for optimizer in (zo, tail) if optimizer is not None]
     settings = tuple(
-        (name, value)
-        for optimizer in (zo, tail)
-        for group in (optimizer.param_groups if optimizer is not None else [])
+        (name, value.data_ptr() if isinstance(value, Tensor) else value)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
         for name, value in group.items()
-        # "initial_lr" and the like are notes of schedulers
-        if not isinstance(value, Tensor)
-        and name not in ("params", "initial_lr", "max_lr", "min_lr")
+        if name not in NOTES
     )
-    return where, settings, zo.clip, zo.model.training
+    state = tuple(
+        value.data_ptr()
+        for value in pytree.tree_leaves([tail.state[p] for p in tail.state] if tail else [])
+        if isinstance(value, Tensor)
+    )
+    net = zo.model.module
+    where = tuple(t.data_ptr() for ts in (net.parameters(), net.buffers()) for t in ts)
+    modes = tuple(
+        (m.training, getattr(m, "p", None), getattr(m, "momentum", None))
+        for m in zo.model.modules()
+    )
+    return settings, state, where, modes, zo.clip
 
 
 class _put_back:

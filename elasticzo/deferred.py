@@ -9,14 +9,26 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zo_kernels import update_
 
 if TYPE_CHECKING:
     from elasticzo.optimizer import Targets
+
+
+_WAITING: WeakSet[Deferred] = WeakSet()
+
+
+def flush_others(model: nn.Module) -> None:
+    """Apply what waits for a parameter of this model in a wrapper that had it before."""
+    mine = {id(p) for p in model.parameters()}
+    for deferred in list(_WAITING):
+        if mine & deferred.left.keys():
+            deferred.finish(deferred.noise, deferred.backend)
 
 
 class Deferred:
@@ -26,9 +38,18 @@ class Deferred:
         left: places in `targets` of the weights that have not taken it, by id of the parameter.
     """
 
-    def __init__(self, targets: Targets, queries: int, groups: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        targets: Targets,
+        queries: int,
+        groups: int,
+        device: torch.device,
+        noise: str,
+        backend: str,
+    ) -> None:
         wide = partial(torch.zeros, dtype=torch.float64, device=device)
-        self.targets = targets
+        self.targets, self.noise, self.backend = targets, noise, backend
+        _WAITING.add(self)
         self.key = torch.zeros(2, dtype=torch.int64, device=device)
         self.coeff = wide(queries)
         self.lr = wide(groups)

@@ -66,9 +66,13 @@ class PairCrossEntropy(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         logits, target, lse = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a gradient of the gradient is wanted: by torch's formula
+            settings = {k: v for k, v in ctx.settings.items() if k != "backend"}
+            losses = [F.cross_entropy(part.float(), target, **settings) for part in logits]
+            again = torch.autograd.grad(torch.stack(losses), logits, grad, create_graph=True)
+            return again[0], None, None, None
         given = (logits.detach(), target, lse, grad.float().contiguous())
         return paired_cross_entropy_backward(*given, **ctx.settings), None, None, None
 
@@ -78,7 +82,9 @@ def _cross_entropy(
 ) -> tuple[float, int] | None:
     """(label smoothing, ignored index) where the loss is a cross-entropy that the kernel computes:
     class indices as targets, no class weights, the mean over rows."""
-    if isinstance(loss, nn.CrossEntropyLoss) and type(loss).forward is nn.CrossEntropyLoss.forward:
+    if type(loss) is nn.CrossEntropyLoss:
+        if "forward" in loss.__dict__ or loss._forward_hooks or loss._forward_pre_hooks:
+            return None
         names = ("weight", "reduction", "label_smoothing", "ignore_index")
         given: dict[str, Any] = {name: getattr(loss, name) for name in names}
         given |= settings  # of which its forward knows none

@@ -48,8 +48,9 @@ def _pick(t: Tensor | None, h: int) -> Tensor | None:
 
 def layer_norm(current: Pass, m: nn.LayerNorm, x: Tensor, staged: Staged) -> Tensor:
     w, b, n = staged["weight"], staged["bias"], current.count
-    if _has_kernel(current, x, staged):
-        dims = len(m.normalized_shape)
+    dims = len(m.normalized_shape)
+    fits = x.dim() > dims and tuple(x.shape[-dims:]) == tuple(m.normalized_shape)
+    if fits and _has_kernel(current, x, staged):
         flat = [None if t is None else t.flatten(1) for t in (w, b)]
         y = paired_layer_norm(
             x.flatten(-dims),

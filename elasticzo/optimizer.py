@@ -106,7 +106,7 @@ class ZOSGD(torch.optim.Optimizer):
         self.defer = defer
         self._log: TrajectoryLog | None = None
         self._last_read_skips = 0
-        self._cached: tuple[tuple[float, ...], Targets] | None = None
+        self._cached: tuple[Any, Targets] | None = None
         self._parts: tuple[Targets, Targets, Targets] | None = None
         self._settings: dict[str, tuple[Tensor, list[Any]]] = {}
         super().__init__(_complete_groups(model, groups), {"lr": lr, "weight_decay": weight_decay})
@@ -150,6 +150,7 @@ class ZOSGD(torch.optim.Optimizer):
             model._before.restore_where(found != 0)
         if self._log is not None:
             self._log.record(model._key[1], found, rates, decays, losses)
+        self._skips = self._skips.to(found.device)  # the model may have moved
         self._skips += found.to(torch.int64)
         model._last_found.copy_(found)
         model._stepped = True
@@ -184,7 +185,8 @@ class ZOSGD(torch.optim.Optimizer):
         if there is None or there.targets is not targets:
             model.flush()
             groups = len(self.param_groups)
-            there = Deferred(targets, model.queries, groups, model._key.device)
+            how = (model._key.device, model.noise, model.backend)
+            there = Deferred(targets, model.queries, groups, *how)
             model._deferred = there
         return there
 
@@ -192,8 +194,9 @@ class ZOSGD(torch.optim.Optimizer):
         """Head parameters with their index, group and scale. Those of scale 0 take no part, unless
         weight decay is to shrink them."""
         decays = tuple(float(group["weight_decay"]) for group in self.param_groups)
-        if self._cached is None or self._cached[0] != decays:
-            self._cached = (decays, self._find_targets(decays))
+        members = tuple(tuple(map(id, group["params"])) for group in self.param_groups)
+        if self._cached is None or self._cached[0] != (decays, members):
+            self._cached = ((decays, members), self._find_targets(decays))
         return self._cached[1]
 
     def _find_targets(self, decays: tuple[float, ...]) -> Targets:

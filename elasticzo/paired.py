@@ -28,6 +28,15 @@ CHUNK_BYTES = 64 << 20
 def run_paired(current: Pass, layer: Layer, x: Tensor) -> Tensor:
     """The outputs of all halves that run now, stacked."""
     m = layer.module
+    if current.wanted is not None and isinstance(m, MATMULS):
+        # What the user named goes before autocast, on every path.
+        with torch.autocast(x.device.type, enabled=False):
+            return _run_paired(current, layer, x)
+    return _run_paired(current, layer, x)
+
+
+def _run_paired(current: Pass, layer: Layer, x: Tensor) -> Tensor:
+    m = layer.module
     dtype = compute_dtype(x.device, current.wanted) if isinstance(m, MATMULS) else None
     if layer.fusable and _path(current, layer, x, dtype) == "fused":
         with current.unwatched():
@@ -69,11 +78,10 @@ def _path(current: Pass, layer: Layer, x: Tensor, dtype: torch.dtype | None) -> 
     possible = (
         current.perturb
         and not (torch.is_grad_enabled() and x.requires_grad)
-        and layer.head["weight"].scale != 0.0
+        and _perturbed_whole(current, layer)
         and {x.dtype, w.dtype, computed} <= set(FUSED_DTYPES)
         and (dtype is not None or x.dtype == w.dtype)
-        and (id(m), "weight") not in current.swapped
-        and x.dim() >= 2
+        and (x.dim() >= 2 if isinstance(m, nn.Linear) else x.dim() == w.dim())
     )
     if layer.path == "staged" or not possible:
         return "staged"
@@ -82,6 +90,13 @@ def _path(current: Pass, layer: Layer, x: Tensor, dtype: torch.dtype | None) -> 
     if current.backend != "triton":
         return "staged"
     return choose(work_of(current, m, x, computed), x.device.index)
+
+
+def _perturbed_whole(current: Pass, layer: Layer) -> bool:
+    """Whether a kernel may perturb the weight itself: all of it, as nobody around did before."""
+    head = layer.head["weight"]
+    swapped = any((id(layer.module), local) in current.swapped for local in layer.head)
+    return head.scale != 0.0 and head.still_row is None and not swapped
 
 
 def work_of(current: Pass, m: Any, x: Tensor, computed: torch.dtype) -> Work:
@@ -144,7 +159,7 @@ def _fused(current: Pass, layer: Layer, x: Tensor, dtype: torch.dtype | None) ->
         settings["relu"] = follow.relu
     if isinstance(m, nn.Linear):
         y = paired_linear(source.flatten(0, -2), *given, **settings)
-        y = y.reshape(-1, *x.shape[1:-1], y.shape[-1])
+        y = y.reshape(*x.shape[:-1], y.shape[-1])
     else:
         where = {"stride": m.stride, "padding": m.padding, "dilation": m.dilation}
         if isinstance(m, nn.Conv1d):
@@ -166,7 +181,7 @@ def _chunks(current: Pass, layer: Layer, dtype: torch.dtype | None) -> int:
     m: Any = layer.module
     if current.backend != "triton" or "weight" not in layer.head or not current.perturb:
         return 1
-    if layer.head["weight"].scale == 0.0 or (id(m), "weight") in current.swapped or current.verify:
+    if current.verify or not _perturbed_whole(current, layer):
         return 1
     size = current.count * m.weight.numel() * (dtype or m.weight.dtype).itemsize
     return int(-(-size // CHUNK_BYTES))
@@ -183,13 +198,21 @@ def _linear_in_chunks(current: Pass, layer: Layer, x: Tensor, dtype: torch.dtype
         bias = m.bias.expand(current.count, -1)
         if "bias" in layer.head:
             bias = current.stage(m.bias, layer.head["bias"], dtype)
-    pending = current.take_pending(m.weight)
-    for first in range(0, m.out_features, rows):
-        here = slice(first, first + rows)
-        w = current.stage_rows(m.weight[here], layer.head["weight"], first, dtype, pending)
-        b = None if bias is None else bias[:, here].to(w.dtype)
-        y[..., here] = linear(m, source, {"weight": w, "bias": b}, current.count)
-        del w  # before the next chunk is made
+    head = layer.head["weight"]
+    pending, first = current.take_pending(m.weight), 0
+    try:
+        while first < m.out_features:
+            here = slice(first, first + rows)
+            w = current.stage_rows(m.weight[here], head, first, dtype, pending)
+            first += rows
+            b = None if bias is None else bias[:, here].to(w.dtype)
+            y[..., here] = linear(m, source, {"weight": w, "bias": b}, current.count)
+            del w  # before the next chunk is made
+    except BaseException:
+        while pending is not None and first < m.out_features:  # the update reaches the other rows
+            current.stage_rows(m.weight[first : first + rows], head, first, dtype, pending)
+            first += rows
+        raise
     return y.to(x.dtype)
 
 

@@ -14,6 +14,7 @@ from elasticzo.deferred import Deferred
 from zo_kernels import perturbed_weights, stage_
 
 SMALL = 1 << 14  # elements: weights up to this size are staged together, in one launch
+MANY = 8  # halves; up to here small weights are staged for all of them at once
 ALIGN = 64  # elements between the places of two weights in one memory
 
 
@@ -75,9 +76,15 @@ class Pass:
     wanted: torch.dtype | None = None  # compute dtype the user named
     precision: str | None = None  # of float32 products, where the user named one
     small: Sequence[tuple[HeadParameter, Tensor]] = ()  # staged together
-    ready: dict[tuple[int, torch.dtype | None], Tensor] = field(default_factory=dict)
+    # Halves of small weights by id and dtype, the first of them, the weight's version.
+    ready: dict[tuple[int, torch.dtype | None], tuple[Tensor, int, int]] = field(
+        default_factory=dict
+    )
     deferred: Deferred | None = None  # the update that the weights still wait for
     follow: Follow | None = None
+
+    def __post_init__(self) -> None:
+        self.small_ids = {id(p) for _, p in self.small}
 
     @property
     def count(self) -> int:
@@ -119,15 +126,13 @@ class Pass:
             if self.deferred is not None:
                 self._update_now([w])
             return w.detach().to(dtype or w.dtype).expand(self.count, *w.shape)
-        if (id(w), dtype) not in self.ready and any(p is w for _, p in self.small):
-            self._stage_small(dtype)
-        halves = self.ready.get((id(w), dtype))
+        halves = self._small_halves(w, dtype)
         if halves is None:
             halves = self._stage_large(w, head, dtype)
         if head.still_row is not None:
             halves[:, head.still_row] = w.detach()[head.still_row]
         if self.verify:
-            _check_perturbed(w, halves.to(computed_in or halves.dtype), head, float(self.eps))
+            self._check_perturbed(w, halves.to(computed_in or halves.dtype), head)
         return halves
 
     def _consume(self, head: HeadParameter) -> None:
@@ -144,12 +149,11 @@ class Pass:
         return {"start": start, "stop": start + self.count}
 
     def _stage_large(self, w: Tensor, head: HeadParameter, dtype: torch.dtype | None) -> Tensor:
-        pending = self.take_pending(w)
-        if pending is not None:
+        if self._waits(w):
             strides = torch.empty_like(w, device="meta").stride()
             shape, strides = (self.count, *w.shape), (w.numel(), *strides)
             out = torch.empty_strided(shape, strides, dtype=dtype or w.dtype, device=w.device)
-            self._stage_into([out], [w], [head], pending)
+            self._stage_into([out], [w], [head], self.take_pending(w), **self._span)
             return out
         return perturbed_weights(
             w,
@@ -169,6 +173,8 @@ class Pass:
         params: list[Tensor],
         heads: list[HeadParameter],
         pending: dict[str, Any] | None,
+        start: int,
+        stop: int,
         first_row: int = 0,
     ) -> None:
         with torch.no_grad():
@@ -182,28 +188,47 @@ class Pass:
                 first_row=first_row,
                 noise=self.noise,
                 backend=self.backend,
-                **self._span,
+                start=start,
+                stop=stop,
                 **(pending or {}),
             )
 
+    def _small_halves(self, w: Tensor, dtype: torch.dtype | None) -> Tensor | None:
+        """The halves of a small weight that run now, unless someone wrote to it since."""
+        if id(w) not in self.small_ids:
+            return None
+        first = 0 if self.half is None else self.half
+        halves, start, version = self.ready.get((id(w), dtype), (None, 0, 0))
+        if halves is None or not start <= first < start + halves.shape[0]:
+            self._stage_small(dtype)
+            halves, start, version = self.ready[id(w), dtype]
+        if w._version != version:
+            return None
+        return halves[first - start : first - start + self.count]
+
+    def _waits(self, w: Tensor) -> bool:
+        return self.deferred is not None and id(w) in self.deferred.left
+
     def _stage_small(self, dtype: torch.dtype | None) -> None:
-        """Stage all small weights of this half, or of all halves, in one launch (two where only
-        some of them wait for an update)."""
+        """Stage all small weights in one launch (two where only some wait for an update): of all
+        halves, or of this one where they are many."""
+        start, stop = 0, self.halves
+        if self.half is not None and self.halves > MANY:
+            start, stop = self.half, self.half + 1
         groups: dict[bool, list[tuple[HeadParameter, Tensor]]] = {}
         for head, p in self.small:
-            waits = self.deferred is not None and id(p) in self.deferred.left
-            groups.setdefault(waits, []).append((head, p))
+            groups.setdefault(self._waits(p), []).append((head, p))
         for waits, members in groups.items():
             heads, params = [head for head, _ in members], [p for _, p in members]
-            outs = _room(params, self.count, dtype)
+            outs = _room(params, stop - start, dtype)
             pending = None
             if waits:
                 taken = [self.take_pending(p) for p in params]
                 pending = {**(taken[0] or {})}
                 pending["groups"] = [t["groups"][0] for t in taken if t is not None]
-            self._stage_into(outs, params, heads, pending)
+            self._stage_into(outs, params, heads, pending, start, stop)
             for p, out in zip(params, outs, strict=True):
-                self.ready[id(p), dtype] = out
+                self.ready[id(p), dtype] = (out, start, p._version)
 
     def stage_rows(
         self,
@@ -217,7 +242,7 @@ class Pass:
         self._consume(head)
         shape = (self.count, *rows.shape)
         out = torch.empty(shape, dtype=dtype or rows.dtype, device=rows.device)
-        self._stage_into([out], [rows], [head], pending, first)
+        self._stage_into([out], [rows], [head], pending, **self._span, first_row=first)
         return out
 
     def note_fused(self, w: Tensor, head: HeadParameter, dtype: torch.dtype | None) -> None:
@@ -234,7 +259,7 @@ class Pass:
                 dtype=dtype,
                 backend=self.backend,
             )
-            _check_perturbed(w, halves, head, float(self.eps))
+            self._check_perturbed(w, halves, head)
 
     def take_pending(self, w: Tensor) -> dict[str, Any] | None:
         """The update that `w` waits for, which the caller applies; None if there is none."""
@@ -244,17 +269,28 @@ class Pass:
         assert self.deferred is not None
         self.deferred.apply(params, self.noise, self.backend)
 
+    def _check_perturbed(self, w: Tensor, halves: Tensor, head: HeadParameter) -> None:
+        """Refuse an eps that rounding to the compute dtype swallows."""
+        half, still, named = halves[0], w.detach().to(halves.dtype), str(halves.dtype)
+        if self.precision == "tf32" and w.dim() > 1 and halves.dtype == torch.float32:
+            half, still = (_tf32(t) for t in (half, still))
+            named = "tf32"
+        if w.numel() and (half == still).double().mean() > 0.5:
+            raise ValueError(
+                f"eps={float(self.eps):g} (scale {head.scale:g}) vanishes in {named} for "
+                f"{head.name!r}: more than half of its elements do not move; use a larger eps or a "
+                "wider dtype"
+            )
+
     @contextmanager
     def only(self, half: int) -> Iterator[None]:
         """Run one half: everything called inside serves it alone."""
         before, tail_ran = self.half, self.tail_ran
         self.half = half
-        self.ready = {}
         try:
             yield
         finally:
             self.half = before
-            self.ready = {}
             if half + 1 < self.halves:  # the next half starts where this one did
                 self.tail_ran = tail_ran
 
@@ -270,6 +306,11 @@ class Pass:
         return self.calls[at]
 
 
+def _tf32(t: Tensor) -> Tensor:
+    """What tensor cores read of fp32: a mantissa of 10 bits."""
+    return t.contiguous().view(torch.int32) & -0x2000
+
+
 def _room(params: Sequence[Tensor], count: int, dtype: torch.dtype | None) -> list[Tensor]:
     """Room for the halves of weights of one dtype, each in its memory format, in one memory."""
     places, total = [], 0
@@ -282,15 +323,6 @@ def _room(params: Sequence[Tensor], count: int, dtype: torch.dtype | None) -> li
         strides = p.stride() if p.is_contiguous() else torch.empty_like(p, device="meta").stride()
         outs.append(memory.as_strided((count, *p.shape), (p.numel(), *strides), place))
     return outs
-
-
-def _check_perturbed(w: Tensor, halves: Tensor, head: HeadParameter, eps: float) -> None:
-    """Refuse an eps that rounding to the compute dtype swallows."""
-    if w.numel() and (halves[0] == w.detach().to(halves.dtype)).double().mean() > 0.5:
-        raise ValueError(
-            f"eps={eps:g} (scale {head.scale:g}) vanishes in {halves.dtype} for {head.name!r}: "
-            "more than half of its elements do not move; use a larger eps or a wider dtype"
-        )
 
 
 __all__ = ["SMALL", "Follow", "HeadParameter", "Pass"]

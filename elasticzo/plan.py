@@ -113,10 +113,17 @@ def build_plan(
         elif own:
             swaps = [(module, local, head) for local, head in own.items()]
             plan.layers[name] = Layer(name, module, "fallback", swaps=swaps)
-        elif type(module).forward is nn.Sequential.forward:
+        elif _is_sequential(module):
             plan.layers[name] = Layer(name, module, "sequence")
     _choose_paths(plan, path)
     return plan
+
+
+def _is_sequential(module: nn.Module) -> bool:
+    """Whether its forward is known to run its modules one after the other."""
+    kind = type(module)
+    known = kind.forward is nn.Sequential.forward and "forward" not in module.__dict__
+    return known and getattr(kind, "__iter__", None) is nn.Sequential.__iter__
 
 
 def why_not_fused(layer: Layer) -> str | None:

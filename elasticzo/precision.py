@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -39,9 +40,12 @@ def precision_of(device: torch.device, convolution: bool, wanted: str | None) ->
         return wanted
     if device.type != "cuda":  # torch's settings speak of tensor cores; a CPU multiplies in fp32
         return "ieee"
-    if convolution:
-        return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    backends: Any = torch.backends
+    backend = backends.cudnn.conv if convolution else backends.cuda.matmul
+    chosen = backend.fp32_precision
+    if chosen == "none":
+        chosen = backends.fp32_precision
+    return "tf32" if chosen == "tf32" else "ieee"
 
 
 @contextmanager
@@ -50,18 +54,16 @@ def vendor_precision(device: torch.device, wanted: str | None) -> Iterator[None]
     if wanted is None or device.type != "cuda":
         yield
         return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if wanted == "tf32" else "highest")
+    known: Any = torch.backends
+    backends = (known.cudnn.conv, known.cuda.matmul)
+    before = [backend.fp32_precision for backend in backends]
     try:
-        with torch.backends.cudnn.flags(
-            enabled=torch.backends.cudnn.enabled,
-            benchmark=torch.backends.cudnn.benchmark,
-            deterministic=torch.backends.cudnn.deterministic,
-            allow_tf32=wanted == "tf32",
-        ):
-            yield
+        for backend in backends:
+            backend.fp32_precision = "tf32" if wanted == "tf32" else "ieee"
+        yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for backend, value in zip(backends, before, strict=True):
+            backend.fp32_precision = value
 
 
 __all__ = ["COMPUTE_DTYPES", "parse_compute_dtype", "precision_of", "vendor_precision"]

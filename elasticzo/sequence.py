@@ -13,7 +13,8 @@ from elasticzo.passes import Follow, Pass
 
 def run_sequence(current: Pass, sequence: nn.Module, input: Tensor) -> Any:
     """What `nn.Sequential.forward` computes; modules that a kernel took along are passed over."""
-    modules = list(sequence.children())
+    # Not children(): a module may stand there twice.
+    modules = [m for m in sequence._modules.values() if m is not None]
     x, i = input, 0
     while i < len(modules):
         current.follow = follow = _what_follows(modules, i)
@@ -36,6 +37,8 @@ def _what_follows(modules: Sequence[nn.Module], i: int) -> Follow | None:
 def _observed(m: nn.Module) -> bool:
     hooks = (m._forward_hooks, m._forward_pre_hooks)
     everywhere = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
+    if type(m) is nn.ReLU and "forward" in m.__dict__:
+        return True  # someone's own forward
     return any(hooks) or any(everywhere)
 
 

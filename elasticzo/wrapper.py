@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from elasticzo.check import check_stacked
 from elasticzo.cut import Tail, resolve_cut
-from elasticzo.deferred import Deferred
+from elasticzo.deferred import Deferred, flush_others
 from elasticzo.distributed import refuse_sharded, refuse_wrapped
 from elasticzo.engine import UsesGenerator, each_half, run_stacked, taken_over
 from elasticzo.losses import check_losses, select_source
@@ -85,6 +85,7 @@ class ElasticZO(nn.Module):
             raise ValueError(
                 f"memory_budget and example_input belong to tail='auto', got tail={tail!r}"
             )
+        flush_others(model)
         self.module = model
         self._wrapped_modules = list(model.modules())
         self.noise = noise
@@ -206,8 +207,7 @@ class ElasticZO(nn.Module):
         return self._first_pair(args, kwargs)
 
     def clean_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """One unperturbed training pass, `[1, B, ...]`: a third pass for whoever wants the tail to
-        learn from it (`pair_losses(...).mean().backward()`)."""
+        """One unperturbed training pass, `[1, B, ...]`, for a tail that is to learn from it."""
         if not self.training:
             raise RuntimeError("clean_forward is for train(); in eval() call the model itself")
         self.flush()
@@ -349,6 +349,7 @@ class ElasticZO(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> ElasticZO:
         self.flush()
+        self._deferred = None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # `fn` may change a floating dtype: only the device is taken from it.
         device = fn(self._key).device

@@ -21,7 +21,7 @@ from zo_kernels._triton import jit, tl
 
 BLOCK = 1024  # elements a program
 FIELDS = tl.constexpr(18)
-MAX_TABLES = 256
+MAX_TABLES = 4096  # chunks of large layers have one each
 INT32_MAX = 2**31 - 1
 
 
