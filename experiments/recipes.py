@@ -83,27 +83,48 @@ RECIPES: Mapping[str, Mapping[str, Recipe]] = {
 
 @dataclass(frozen=True)
 class Int8Recipe:
-    """Settings of one method with precision int8; see `TrainConfig`."""
+    """Settings of one method with precision int8; see `TrainConfig`. Several values of a schedule
+    serve equal parts of the run."""
 
     init: str = "orthogonal"
     r_max: tuple[int, ...] = (15,)
-    p_zero: tuple[float, ...] = (0.9,)
-    b_zo: tuple[int, ...] = (0,)
-    b_bp: tuple[int, ...] = (3, 2, 1)
-    logit_shift: int = 2
-    scale: Mapping[str, float] = field(default_factory=lambda: {"fc1.*": 0.1})
+    p_zero: tuple[float, ...] = (0.8, 0.85, 0.9, 0.92, 0.94, 0.96, 0.97, 0.98, 0.99, 0.995)
+    b_zo: tuple[int, ...] = (1,)
+    b_bp: tuple[int, ...] = (4, 4, 3, 3, 2, 1)
+    logit_shift: int = 4
+    scale: Mapping[str, float] = field(default_factory=lambda: {"conv1.*": 2.0, "fc1.*": 0.05})
     tail_source: str = "plus"
     loss: str = "integer"
     fraction_bits: int = 12
 
 
+# Tried on 5,000 held-out MNIST images, seed 0, batch 64, 6 epochs (Full BP 3) unless said
+# otherwise; one run each, so that differences below a point mean little.
+# - logit_shift: a quantised layer is up to 2 times the float one, five layers make first logits of
+#   +-32, where the loss saturates: Full ZO at 20,000 images, 6 epochs, 0.8 / 15 / 1: 11 % with 0
+#   (2 epochs), 51-61 % with 3, 55-64 % with 5.
+# - the share of weights that moves plays the learning rate, since g is a sign: constant p_zero 0.5
+#   gives Full ZO 51-61 %, a fall from 50 % to 2 % of the weights 76.5 %, with fc1 thinned by a half
+#   and conv1 doubled 79.4 % (seed 1: 77.2 %), by a quarter 75.9 %, fc1 at 10 % 61 % (3 epochs).
+#   r_max 15 / 31 / 63 without scales: 69.6 / 71.8 (3 epochs) / 76.6 %. b_zo 0 instead of 1: 73.0 %.
+# - Cls2: fc1 at 100 / 30 / 10 / 5 / 3 %: 87.4 (3 epochs) / 88.3 / 89.8 / 89.6 / 89.5 %; a frozen
+#   head 79.3 % (3 epochs); r_max 7 / 31 88.1 / 89.0 %; b_bp 2,1,1,0 88.8 %; half the weights moved
+#   88.1 %; the tail from the aligned mean 88.6 %.
+# - Cls1: b_bp 3,2,1 / 4,3,2,1 / 5,4,3,2,1 / 4,4,3,3,2,1: 94.2 / 95.1 / 95.2 / 95.8 %.
+# - Full BP: b_bp 4,3,2,1 98.7 %, 3,2,1,0 98.7 %; 2,1,0,0 98.1 % (2 epochs).
+INT8_FULL_ZO = Int8Recipe(
+    r_max=(31,),
+    p_zero=(0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98),
+    logit_shift=5,
+    scale={"conv1.*": 2.0, "fc1.*": 0.5},
+)
 INT8_RECIPES: Mapping[str, Mapping[str, Int8Recipe]] = {
     "lenet5": {
-        "full-zo": Int8Recipe(),
-        "cls2": Int8Recipe(),
+        "full-zo": INT8_FULL_ZO,
+        "cls2": Int8Recipe(b_bp=(4, 3, 2, 1, 0)),
         "cls1": Int8Recipe(),
-        "full-bp": Int8Recipe(),
-        "frozen-cls2": Int8Recipe(),
+        "full-bp": Int8Recipe(b_bp=(4, 3, 2, 1), logit_shift=3),
+        "frozen-cls2": Int8Recipe(b_bp=(4, 3, 2, 1, 0)),
         "frozen-cls1": Int8Recipe(),
     },
 }
