@@ -260,3 +260,4 @@ def test_a_replay_is_one_graph_launch() -> None:
             step(*given)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert step.captured and run.model.step_index == 4 and run.zo.skipped == 0

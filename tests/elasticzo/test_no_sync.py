@@ -192,3 +192,4 @@ def test_a_step_on_a_gpu_waits_for_nothing(tail: int) -> None:
             step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert model.step_index == 5 and zo.skipped == 0
