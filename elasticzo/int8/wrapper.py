@@ -88,9 +88,7 @@ class ElasticZOInt8(nn.Module):
         self.gradients: dict[str, Tensor] = {}
         self._r_max, self._p_zero = 1, 0.0
         self.set_noise(r_max, p_zero)
-        device = next(model.parameters()).device
-        self.network.to(device)
-        self._to(device)
+        self.to(next(model.parameters()).device)
 
     # ---- what it is
 
