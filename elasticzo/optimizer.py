@@ -83,7 +83,7 @@ class ZOSGD(torch.optim.Optimizer):
         weight_decay: of the defaults.
         defer: leave the update to the next training forward, which reads and writes the weights
             once for both; bit-equal. `eval()`, `state_dict()` and `head_parameters()` of the model
-            apply it first; before reading weights any other way, call `model.flush()`.
+            apply it first; before reading or writing weights any other way, call `model.flush()`.
     Raises: ValueError, TypeError that name what was expected and what came.
     Source: arXiv:2501.04287 (w -= lr g z).
     """

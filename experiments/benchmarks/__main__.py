@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -182,10 +183,10 @@ def compile_first(config: Config, arguments: Sequence[str], limit: float) -> Non
     workers = [subprocess.Popen([*command, "--part", f"{i}/{n}"], **quiet) for i in range(n)]
     until = time.monotonic() + limit
     try:
-        for worker in workers:
-            worker.wait(max(until - time.monotonic(), 0.1))
-    except subprocess.TimeoutExpired:
-        pass  # what is not there yet is compiled on the way
+        # What is not there in time is compiled on the way.
+        with suppress(subprocess.TimeoutExpired):
+            for worker in workers:
+                worker.wait(max(until - time.monotonic(), 0.1))
     finally:
         for worker in workers:
             worker.kill()

@@ -240,3 +240,16 @@ def test_a_small_weight_written_in_the_forward_is_staged_anew() -> None:
                 patch.setattr("elasticzo.wrapper.SMALL", 0)
             outputs.append(model(X))
     torch.testing.assert_close(*outputs)
+
+
+def test_unbatched_images_and_empty_inputs_on_every_path() -> None:
+    for net, x, pairing in (
+        (nn.Conv2d(1, 2, 3), torch.randn(1, 5, 5), "sequential"),
+        (nn.Linear(3, 4), torch.randn(2, 0, 3), "stacked"),
+    ):
+        outputs = []
+        for path in ("staged", "fused"):
+            given = {"pairing": pairing, "path": path, "backend": "reference", "eps": 1e-2}
+            model = ElasticZO(nn.Sequential(net), tail=0, **given).train()
+            outputs.append(model(x))
+        torch.testing.assert_close(*outputs)

@@ -66,10 +66,10 @@ def expected(
     return torch.cat(sums).to(torch.int32), torch.tensor(ranges, dtype=torch.int32)
 
 
-def same(found: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> None:
+def assert_same(found: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> None:
     for a, b in zip(found, want, strict=True):
         assert a.dtype == b.dtype == torch.int32
         assert a.shape == b.shape and torch.equal(a.cpu(), b.cpu())
 
 
-__all__ = ["NOISE", "TENSOR", "expected", "halves_of", "int8", "same"]
+__all__ = ["NOISE", "TENSOR", "assert_same", "expected", "halves_of", "int8"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.zo_kernels._int8_operands import NOISE, TENSOR, expected, halves_of, int8, same
+from tests.zo_kernels._int8_operands import NOISE, TENSOR, assert_same, expected, halves_of, int8
 from tests.zo_kernels._int8_weights import key_on
 from tests.zo_kernels.test_paired_conv2d import CASES, FEW, LAST, VIEWS
 from zo_kernels import int8_paired_conv1d, int8_paired_conv2d, int8_range
@@ -35,7 +35,7 @@ def run(x: Tensor, w: Tensor, backend: str, noisy: bool = True, **kwargs: Any) -
 def check(x: Tensor, w: Tensor, backend: str, **kwargs: Any) -> None:
     before = x.clone(), w.clone()
     acc, bits = run(x, w, backend, **kwargs)
-    same((acc, bits), expected(x, w, **kwargs))
+    assert_same((acc, bits), expected(x, w, **kwargs))
     halves = kwargs.get("stop", 2) - kwargs.get("start", 0)
     assert torch.equal(bits, int8_range(acc, halves=halves, backend="reference"))
     last = x.is_contiguous(memory_format=LAST) and not x.is_contiguous()
@@ -140,8 +140,8 @@ def test_launch_does_not_show(pool: bool, device: Any, monkeypatch: pytest.Monke
     for numbers in (*module.TILES[::2], (32, 16, 64, 4, 2)):
         tile = module.Tile(*numbers)
         monkeypatch.setattr(module, "tile_for", lambda *_, tile=tile: tile)
-        same(run(x, w, "triton", **given), want)
-        same(run(x.to(memory_format=LAST), w, "triton", **given), want)
+        assert_same(run(x, w, "triton", **given), want)
+        assert_same(run(x.to(memory_format=LAST), w, "triton", **given), want)
 
 
 @needs_triton
@@ -173,12 +173,12 @@ def test_offsets_may_lie_beyond_int32(device: Any, tmp_path: Path) -> None:
     x, w = int8(1, 3, 3, 3, device=device), int8(3, 3, 3, 3, device=device)
     far = memory.as_strided((1, 3, 3, 3), (1, distance, 3, 1))
     far.copy_(x)
-    same(run(far, w, "triton", **given), expected(x, w, **given))
+    assert_same(run(far, w, "triton", **given), expected(x, w, **given))
     three, w1 = int8(3, 1, 3, 3, device=device), w[:, :1].contiguous()
     far = memory.as_strided((3, 1, 3, 3), (distance, 9, 3, 1))
     far.copy_(three)
-    same(run(far, w1, "triton", **given), expected(three, w1, **given))
-    same(run(x[:, :1], far, "triton", **given), expected(x[:, :1], three, **given))
+    assert_same(run(far, w1, "triton", **given), expected(three, w1, **given))
+    assert_same(run(x[:, :1], far, "triton", **given), expected(x[:, :1], three, **given))
 
 
 def test_last_query(backend: str, device: Any) -> None:
@@ -200,5 +200,5 @@ def test_1d(shape: Any, geometry: Any, last: bool, backend: str, device: Any) ->
     x = x.mT.contiguous().mT if last else x
     args = {"tensor": TENSOR, "backend": backend, "relu": True} | NOISE | geometry
     found = int8_paired_conv1d(x, w, key_on(device), **args)
-    same(found, expected(x, w, relu=True, **geometry))
+    assert_same(found, expected(x, w, relu=True, **geometry))
     assert (found[0].mT if last else found[0]).is_contiguous()

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.zo_kernels._int8_operands import NOISE, TENSOR, expected, halves_of, int8, same
+from tests.zo_kernels._int8_operands import NOISE, TENSOR, assert_same, expected, halves_of, int8
 from tests.zo_kernels._int8_weights import key_on
 from zo_kernels import int8_matmul, int8_paired_linear, int8_range
 from zo_kernels._int8_products import MAX_DEPTH
@@ -45,7 +45,7 @@ def run(x: Tensor, w: Tensor, backend: str, noisy: bool = True, **kwargs: Any) -
 def check(x: Tensor, w: Tensor, backend: str, **kwargs: Any) -> None:
     before = x.clone(), w.clone()
     found = run(x, w, backend, **kwargs)
-    same(found, expected(x, w, **kwargs))
+    assert_same(found, expected(x, w, **kwargs))
     halves = kwargs.get("stop", 2) - kwargs.get("start", 0)
     assert torch.equal(found[1], int8_range(found[0], halves=halves, backend="reference"))
     assert torch.equal(x, before[0]) and torch.equal(w, before[1])
@@ -148,12 +148,12 @@ def test_launch_does_not_show(device: Any, monkeypatch: pytest.MonkeyPatch) -> N
     for name in ("TILES", "RAGGED"):
         for tile in getattr(module, name):
             monkeypatch.setattr(module, "tile_for", lambda *_, tile=tile: tile)
-            same(run(x, w, "triton"), want)
+            assert_same(run(x, w, "triton"), want)
     monkeypatch.setattr(module, "INT32_MAX", 0)
     for numbers in TILES:
         tile = module.Tile(*numbers)
         monkeypatch.setattr(module, "tile_for", lambda *_, tile=tile: tile)
-        same(run(x, w, "triton"), want)
+        assert_same(run(x, w, "triton"), want)
 
 
 @needs_triton
@@ -186,9 +186,9 @@ def test_offsets_may_lie_beyond_int32(device: Any, tmp_path: Path) -> None:
     x, w = int8(3, 20, device=device), int8(3, 20, device=device)
     far.copy_(x)
     given = {"shared": True, "start": 1, "stop": 3}
-    same(run(far, w, "triton", **given), expected(x, w, **given))
+    assert_same(run(far, w, "triton", **given), expected(x, w, **given))
     far.copy_(w)
-    same(run(x, far, "triton", **given), expected(x, w, **given))
+    assert_same(run(x, far, "triton", **given), expected(x, w, **given))
 
 
 @pytest.mark.parametrize("order", ["nn", "tn", "nt"])
@@ -200,7 +200,7 @@ def test_matmul(shape: Any, order: str, backend: str, device: Any) -> None:
     b = int8(cols, depth, device=device).mT if order[1] == "t" else int8(depth, cols, device=device)
     acc, bits = int8_matmul(a, b, backend=backend)
     exact = (a.cpu().double() @ b.cpu().double()).to(torch.int32)
-    same((acc, bits), (exact, int8_range(exact)))
+    assert_same((acc, bits), (exact, int8_range(exact)))
     assert bits.shape == ()
 
 

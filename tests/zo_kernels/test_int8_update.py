@@ -108,8 +108,11 @@ def test_several_weights_in_one_call(backend: str, device: Any) -> None:
 
 def test_nothing_to_update(backend: str, device: Any) -> None:
     args = {"tensors": [], "backend": backend}
-    int8_update_([], key_on(device), int32([1], device), **args)
-    update([torch.empty(0, 7, dtype=torch.int8, device=device)], backend)
+    key, g = key_on(device), int32([1], device)
+    int8_update_([], key, g, **args)
+    empty = torch.empty(0, 7, dtype=torch.int8, device=device)
+    update([empty], backend)
+    assert torch.equal(key, key_on(device)) and g.tolist() == [1] and empty.shape == (0, 7)
 
 
 def test_weights_outside_the_range_return_into_it(backend: str, device: Any) -> None:
