@@ -246,8 +246,13 @@ def as_json(config: TrainConfig) -> dict[str, Any]:
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:
-    """What decides the weights of a run: its resolved configuration without places and reports."""
-    return {k: v for k, v in as_json(config).items() if k not in NOT_IDENTITY}
+    """What decides the weights of a run: its resolved configuration without places and reports.
+
+    A field that is None in a resolved configuration means nothing to that run: fields that are
+    added later leave the identity of earlier runs as it was.
+    """
+    decides = as_json(config).items()
+    return {k: v for k, v in decides if v is not None and k not in NOT_IDENTITY}
 
 
 __all__ = [
