@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Pair = int | Sequence[int]
@@ -33,6 +34,10 @@ def geometry(stride: Pair, padding: Pair, dilation: Pair) -> Geometry:
     return Geometry(
         _pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1)
     )
+
+
+def kernel_size(kernel: Pair) -> tuple[int, int]:
+    return _pair("kernel", kernel, 1)
 
 
 def conv_size(size: Sequence[int], kernel: Sequence[int], geo: Geometry) -> tuple[int, int]:
@@ -67,4 +72,18 @@ def empty_output(
     )
 
 
-__all__ = ["Geometry", "Pair", "conv_size", "empty_output", "geometry"]
+def patches(x: Tensor, kernel: tuple[int, int], geo: Geometry) -> Tensor:
+    """im2col: `[B, Ci, H, W]` -> `[Ci KH KW, B OH OW]`, a copy. Columns last: whole rows of an
+    image are copied, not the few elements of a window's row."""
+    (s_h, s_w), (p_h, p_w), (d_h, d_w) = geo
+    height, width = conv_size(x.shape[2:], kernel, geo)
+    padded = F.pad(x, (p_w, p_w, p_h, p_h))
+    t_b, t_c, t_h, t_w = padded.stride()
+    view = padded.as_strided(
+        (x.shape[1], *kernel, x.shape[0], height, width),
+        (t_c, t_h * d_h, t_w * d_w, t_b, t_h * s_h, t_w * s_w),
+    )
+    return view.reshape(x.shape[1] * kernel[0] * kernel[1], -1)
+
+
+__all__ = ["Geometry", "Pair", "conv_size", "empty_output", "geometry", "kernel_size", "patches"]

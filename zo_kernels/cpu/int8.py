@@ -25,6 +25,7 @@ from zo_kernels.cpu.int8_kernels import (
     range_flat,
     requantize_flat,
     softmax_error,
+    unpool,
     update_int8,
 )
 from zo_kernels.cpu.ops import sample
@@ -97,6 +98,13 @@ def int8_requantize(
         requantize_flat(x, y, s, ROUNDINGS[rounding], words, 0 if relu else -127)
     out = q if source is acc else torch.empty_like(acc, dtype=torch.int8).copy_(q)
     return out, total.squeeze(0) if halves is None else total
+
+
+def int8_unpool(error: Tensor, places: Tensor, size: Sequence[int]) -> Tensor:
+    out = torch.zeros((*error.shape[:2], *size), dtype=torch.int8)
+    planes = [t.flatten(0, 1).contiguous().numpy() for t in (error, places)]
+    unpool(*planes, out.flatten(0, 1).numpy())  # type: ignore[call-arg]
+    return out
 
 
 def int8_perturbed_weights(
@@ -193,6 +201,7 @@ __all__ = [
     "int8_perturbed_weights",
     "int8_range",
     "int8_requantize",
+    "int8_unpool",
     "int8_update_",
     "integer_cross_entropy",
     "integer_projected_sign",

@@ -226,6 +226,20 @@ def update_int8(w, g_q, s, rounding, layout, groups, settings, words):
             g = g_end
 
 
+@njit(nogil=True, cache=True)
+def unpool(error, places, out):
+    """Errors `[planes, H, W]` of windows 2 x 2 to their places; `out` holds zeros."""
+    for n in range(error.shape[0]):
+        for h in range(error.shape[1]):
+            row, where = error[n, h], places[n, h]
+            for i in range(2):
+                to = out[n, 2 * h + i]
+                for w in range(row.shape[0]):
+                    here = i32(where[w]) - 2 * i
+                    to[2 * w] = row[w] if here == 0 else i8(0)
+                    to[2 * w + 1] = row[w] if here == 1 else i8(0)
+
+
 @njit(inline="always")
 def scaled(n, exponent, fraction_bits):
     exponent = min(max(exponent, MIN_EXPONENT), MAX_EXPONENT)
@@ -310,5 +324,6 @@ __all__ = [
     "range_flat",
     "requantize_flat",
     "softmax_error",
+    "unpool",
     "update_int8",
 ]

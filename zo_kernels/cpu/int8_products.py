@@ -17,13 +17,14 @@ from torch import Tensor
 from zo_kernels._conv import Geometry, Pair, conv_size, empty_output, geometry
 from zo_kernels._layout import groups_per_row, layout_of
 from zo_kernels.cpu.int8 import _counters, _memory, _settings, _walk
-from zo_kernels.cpu.int8_dot import LANES, convolve, pack
+from zo_kernels.cpu.int8_dot import ALL, LANES, WINDOWS, convolve, pack, scratch_sizes
 from zo_kernels.cpu.int8_kernels import perturb_int8
 from zo_kernels.cpu.ops import _pool
 
 PARALLEL_FROM = 1 << 25  # products: below, a thread's hand-over costs more than it saves
 SAMPLES = 64  # of a linear layer in an "image": they stay in cache
 ONE = Geometry((1, 1), (0, 0), (1, 1))
+NO_SPOTS = torch.empty(0, dtype=torch.uint8)
 
 
 class Noise(NamedTuple):
@@ -38,17 +39,18 @@ class Noise(NamedTuple):
 
 
 def _halves(w: Tensor, noise: Noise) -> Any:
-    """`clip(w +- z)` with columns in the order of the noise: `[H, N K]`."""
+    """`clip(w +- z)` with columns in the order of the noise: `[H, N K]`; without noise `[1, N K]`
+    for all halves."""
     count = noise.stop - noise.start
     if noise.key is None:
         flat = w.movedim(1, -1).reshape(1, -1) if w.ndim > 2 else w.reshape(1, -1)
-        return flat.contiguous().numpy().repeat(count, 0)
+        return flat.contiguous().numpy()
     walk = layout_of(w)
     if walk is None:
         w = w.contiguous()
         walk = layout_of(w)
         assert walk is not None
-    out = np.empty((count, w.numel()), np.int8)
+    out = empty((count, w.numel()), torch.int8)
     to = (walk.cols, walk.inner, walk.cols, walk.inner, 1)
     groups = walk.rows * groups_per_row(walk.cols, "sparse_int8")
     rest = (_walk(walk), to, groups, _settings(noise.p_zero, noise.r_max))
@@ -80,28 +82,33 @@ def _runs(
     return kernel[0] * columns, length, np.array(places, np.int64)
 
 
-def _packed(halves: Any, channels: int, runs: int, length: int) -> tuple[Any, Any]:
+def empty(shape: int | tuple[int, ...], dtype: torch.dtype = torch.int32) -> Any:
+    """Scratch from torch's allocator, where memory is counted, as an array."""
+    return torch.empty(shape, dtype=dtype).numpy()
+
+
+def _packed(weights: Any, channels: int, runs: int, length: int) -> tuple[Any, Any]:
     blocks = -(-channels // LANES)
     size = blocks * runs * ((length + 3) // 4) * 4 * LANES
-    panels = np.zeros((len(halves), size), np.int8)
-    first = np.zeros((len(halves), blocks * LANES), np.int32)
-    for half, panel, sums in zip(halves, panels, first, strict=True):
-        pack(half, (channels, runs, length), panel, sums)
+    panels = torch.zeros(size, dtype=torch.int8).numpy()
+    first = torch.zeros(blocks * LANES, dtype=torch.int32).numpy()
+    pack(weights, (channels, runs, length), panels, first)
     return panels, first
 
 
-def _extent(t: Tensor) -> int:
+def extent(t: Tensor) -> int:
+    """Elements of memory from the first of a tensor to its last."""
     return 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
 
 
-def _over_images(images: int, products: int, job: Callable[[int, int], Any]) -> Any:
-    """The largest of what `job(first, end)` gives, over the threads torch uses."""
+def over_images(images: int, products: int, job: Callable[[int, int], Any]) -> list[Any]:
+    """What `job(first, end)` gives for the parts of the images: one for each thread torch uses."""
     workers = min(torch.get_num_threads(), images) if products >= PARALLEL_FROM else 1
     if workers < 2:
-        return job(0, images)
+        return [job(0, images)]
     bounds = [images * i // workers for i in range(workers + 1)]
     jobs = [_pool(workers).submit(job, *span) for span in pairwise(bounds)]
-    return np.maximum.reduce([each.result() for each in jobs])
+    return [each.result() for each in jobs]
 
 
 class Images(NamedTuple):
@@ -114,42 +121,70 @@ class Images(NamedTuple):
     columns: int
 
 
+@lru_cache(maxsize=1024)
+def _sizes(
+    size: tuple[int, ...], pad: tuple[int, int], grid: tuple[int, ...], pool: int
+) -> tuple[tuple[int, ...], int]:
+    """`scratch_sizes`, and the bytes they come to: words lie at the end, on a whole word."""
+    sizes = scratch_sizes(size, pad, grid, pool)
+    octets, words = sizes[0] + sizes[1] + sizes[4], sizes[2] + sizes[3]
+    return sizes, -(-octets // 4) * 4 + 4 * words
+
+
+class After(NamedTuple):
+    """What follows the sums: ReLU, maxima (0, WINDOWS or ALL), and where their places go."""
+
+    relu: bool
+    pool: int = 0
+    spots: Tensor = NO_SPOTS
+
+
 def _multiply(
     x: tuple[Tensor, Images],
     out: tuple[Tensor, Images],
     halves: Any,
+    count: int,
     kernel: tuple[int, int],
     geo: Geometry,
     shared: bool,
-    relu: bool,
-    pool: bool,
+    after: After,
 ) -> Tensor:
-    """Fill `out`, whose size is that before pooling; returns the bits of each half."""
+    """Fill `out`, whose size is that before pooling; returns the bits of each of `count` halves.
+
+    `halves` are their weights, or one for all of them.
+    """
     source, images = x
     target, grid = out
     line = (images.size[2] + 2 * geo.padding[1]) * images.size[0]
     runs, length, offsets = _runs(images.size[0], kernel, geo.dilation, line)
-    panels, first = _packed(halves, grid.size[0], runs, length)
-    memory, to = _memory(source, _extent(source)), _memory(target, _extent(target))
+    memory, to = _memory(source, extent(source)), _memory(target, extent(target))
+    keep = after.spots.numel() > 0
+    spots = _memory(after.spots, extent(after.spots)) if keep else NO_SPOTS.numpy()
     s_half, *s_x = images.strides
-    together = len(halves) if shared else 1  # halves that use one copy of an image
+    # Halves that use one copy of an image: their channels lie side by side.
+    together = len(halves) if shared else 1
+    size = (together, *grid.size)
+    sizes, room = _sizes(images.size, geo.padding, size, after.pool)
+    products = together * grid.columns * grid.size[1] * halves.shape[1]
     largest: list[int] = []
-    for half in range(0, len(halves), together):
-        here = slice(half, half + together)
+    for half in range(0, count, together):
+        if half < len(halves):
+            some = halves[half : half + together].reshape(-1)
+            packed = _packed(some, together * grid.size[0], runs, length)
         job = partial(
             _span,
-            *(memory, (half * s_half, *s_x), images.size, (geo.stride, geo.padding), grid.size),
-            *(panels[here], first[here], offsets, to, (half * grid.strides[0], *grid.strides)),
-            *((relu, pool), grid.columns),
+            *(memory, (half * s_half, *s_x), images.size, (geo.stride, geo.padding), size),
+            *(*packed, offsets, to, (half * grid.strides[0], *grid.strides)),
+            *(spots, (after.relu, after.pool, keep), (sizes, room), grid.columns),
         )
-        products = together * grid.columns * grid.size[1] * halves.shape[1]
-        largest += _over_images(images.number, products, job).tolist()
+        largest += np.maximum.reduce(over_images(images.number, products, job)).tolist()
     return torch.tensor([n.bit_length() for n in largest], dtype=torch.int32)
 
 
 def _span(*args: Any) -> Any:
-    *rest, columns, begin, end = args
-    return convolve(*rest, (begin, end, columns))  # type: ignore[call-arg]
+    *rest, (sizes, room), columns, begin, end = args
+    memory = empty(room, torch.uint8)
+    return convolve(*rest, (begin, end, columns), (sizes, memory))  # type: ignore[call-arg]
 
 
 def int8_paired_linear(
@@ -178,7 +213,7 @@ def int8_paired_linear(
     source = Images(images, (depth, 1, wide), strides, rows)
     to = (rows * features, wide * features, 1, 0, features)
     target = Images(images, (features, 1, wide), to, rows)
-    given = (halves, (1, 1), ONE, shared, relu, False)
+    given = (halves, count, (1, 1), ONE, shared, After(relu))
     return out, _multiply((x, source), (out, target), *given)
 
 
@@ -204,14 +239,70 @@ def int8_paired_conv2d(
     if out.numel() == 0:
         return out, torch.zeros(count, dtype=torch.int32)
     halves = _halves(w, Noise(key, tensor or 0, start, stop, p_zero, r_max))
+    after = After(relu, WINDOWS if pool else 0)
+    return out, _convolution(x, w, out, halves, count, geo, shared, after)
+
+
+def _convolution(
+    x: Tensor,
+    w: Tensor,
+    out: Tensor,
+    halves: Any,
+    count: int,
+    geo: Geometry,
+    shared: bool,
+    after: After,
+) -> Tensor:
+    """Fill `out`, which is not empty; returns its bits."""
     kernel, images = (w.shape[2], w.shape[3]), out.shape[0] // count
     height, width = conv_size(x.shape[2:], kernel, geo)
     size, grid = tuple(x.shape[1:]), (w.shape[0], height, width)
-    strides = (images * x.stride(0), *x.stride())
+    strides = (0 if shared else images * x.stride(0), *x.stride())
     source = Images(images, size, strides, images * width)
     target = Images(images, grid, (images * out.stride(0), *out.stride()), images * width)
-    given = (halves, kernel, geo, shared, relu, pool)
-    return out, _multiply((x, source), (out, target), *given)
+    return _multiply((x, source), (out, target), halves, count, kernel, geo, shared, after)
+
+
+def int8_conv2d_max_pool(
+    x: Tensor,
+    w: Tensor,
+    halves: int = 1,
+    *,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    relu: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    geo = geometry(stride, padding, dilation)
+    acc = empty_output(x, w, halves, False, geo, True, torch.int32)
+    places = torch.empty_like(acc, dtype=torch.uint8)
+    weights = _halves(w, Noise(None, 0, 0, halves, 0.0, 1))
+    after = After(relu, WINDOWS, places)
+    return acc, _convolution(x, w, acc, weights, halves, geo, False, after), places
+
+
+def int8_paired_conv1d_max(
+    x: Tensor,
+    w: Tensor,
+    key: Tensor | None,
+    *,
+    tensor: int | None = None,
+    start: int = 0,
+    stop: int = 2,
+    shared: bool = False,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    p_zero: float = 0.0,
+    r_max: int = 1,
+    relu: bool = False,
+) -> tuple[Tensor, Tensor]:
+    count, geo = stop - start, geometry((1, stride), (0, padding), (1, dilation))
+    x, w = x.unsqueeze(2), w.unsqueeze(2)
+    acc = torch.empty((x.shape[0] * (count if shared else 1), w.shape[0]), dtype=torch.int32)
+    halves = _halves(w, Noise(key, tensor or 0, start, stop, p_zero, r_max))
+    to = acc.unsqueeze(2).unsqueeze(3)
+    return acc, _convolution(x, w, to, halves, count, geo, shared, After(relu, ALL))
 
 
 def int8_matmul(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -219,4 +310,13 @@ def int8_matmul(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return acc, bits.squeeze(0)
 
 
-__all__ = ["int8_matmul", "int8_paired_conv2d", "int8_paired_linear"]
+__all__ = [
+    "empty",
+    "extent",
+    "int8_conv2d_max_pool",
+    "int8_matmul",
+    "int8_paired_conv1d_max",
+    "int8_paired_conv2d",
+    "int8_paired_linear",
+    "over_images",
+]

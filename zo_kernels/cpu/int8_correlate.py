@@ -1,0 +1,126 @@
+"""The weight gradient of an int8 convolution on the CPU: `sum over images of err * x`, in numba.
+
+A convolution of each image by its errors, which play the weights: the depth are pixels, four
+neighbours of a row a step, the outputs are the places of the kernel. Sums over images stay in one
+buffer of the gradient's size; nothing of the size of patches is made.
+
+The block of products comes from the file of the convolution: change it there, and remove numba's
+cache of this file, which does not look at the files it calls.
+"""
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,attr-defined,call-arg"
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+from numba.extending import intrinsic
+
+from zo_kernels.cpu.int8_dot import LANES, SLACK, WORD, ZERO, _block, types
+
+i32, u8 = np.int32, np.uint8
+
+
+@intrinsic
+def _word(typing_context, x, at):
+    """Four bytes of `x` from its place `at` on."""
+
+    def generate(context, builder, signature, args):
+        data = context.make_array(x)(context, builder, args[0]).data
+        p_x = builder.bitcast(builder.gep(data, [args[1]]), WORD.as_pointer())
+        return builder.load(p_x, align=1)
+
+    return types.int32(x, types.int64), generate
+
+
+@njit(inline="always")
+def _planes(image, x, at, size, strides, pad):
+    """`x + 128` of one image into the middle of a padded one, columns innermost."""
+    channels, height, width = size
+    s_c, s_h, s_w = strides
+    high, wide = height + 2 * pad[0], width + 2 * pad[1]
+    for c in range(channels):
+        for h in range(height):
+            p = at + c * s_c + h * s_h
+            row = x[p : p + (width - 1) * s_w + 1 : s_w]
+            p = (c * high + h + pad[0]) * wide + pad[1]
+            to = image[p : p + width]
+            for i in range(width):
+                to[i] = u8(u8(row[i]) ^ u8(ZERO))
+
+
+@njit(inline="always")
+def _pack_errors(panels, err, at, grid, strides, totals):
+    """The errors of an image as panels of 16 channels, `[N / 16, rows * steps, 16, 4]`; `totals`
+    grow by the sum of each channel."""
+    channels, height, width = grid
+    s_n, s_h, s_w = strides
+    steps, whole = (width + 3) // 4, width // 4 if s_w == 1 else 0
+    words = panels.view(np.int32)
+    for n in range(channels):
+        total = i32(0)
+        for h in range(height):
+            p = at + n * s_n + h * s_h
+            to = ((n // LANES * height + h) * steps) * LANES + n % LANES
+            for q in range(whole):
+                words[to + q * LANES] = _word(err, p + 4 * q)
+            for i in range(4 * whole, width):
+                panels[4 * (to + i // 4 * LANES) + i % 4] = err[p + i * s_w]
+            row = err[p : p + (width - 1) * s_w + 1 : s_w]
+            for i in range(width):
+                total = i32(total + i32(row[i]))
+        totals[n] = i32(totals[n] + total)
+
+
+@njit(inline="always")
+def _outputs(count, x, at, step, offsets, w, w_at, zero, out):
+    """`count` outputs `step` apart, each 16 sums, in blocks."""
+    done = 0
+    while done < count:
+        left, x_at, to = count - done, at + done * step, done * LANES
+        if left >= 8:
+            _block(8, x, x_at, step, offsets, w, w_at, zero, 0, out, to)
+            done += 8
+        elif left >= 5:
+            _block(5, x, x_at, step, offsets, w, w_at, zero, 0, out, to)
+            done += 5
+        elif left >= 3:
+            _block(3, x, x_at, step, offsets, w, w_at, zero, 0, out, to)
+            done += 3
+        else:
+            _block(1, x, x_at, step, offsets, w, w_at, zero, 0, out, to)
+            done += 1
+
+
+@njit(nogil=True, cache=True)
+def correlate(
+    x, x_walk, size, geometry, err, err_walk, grid, lines, offsets, sums, totals, image, rest, span
+):
+    """Add the products of some images to `sums` [N / 16, lines, outputs, 16].
+
+    `x`, `err`: flat views of memory; `x_walk`, `err_walk`: strides of an image, a channel, a row, a
+    column. `size` = (channels, height, width) of an image, `grid` that of its errors; `geometry` =
+    (padding, step from output to output). `lines` [lines]: places in the padded image from which a
+    line of outputs begins; `offsets` [steps] of the pixels of a step. `totals` [N]: the sums of the
+    errors, with which the 128 in every `x` is undone. `image`: bytes, `rest` = (panels, one line of
+    sums). `span` = (first image, end).
+    """
+    pad, step = geometry
+    panels, line = rest
+    image[:] = ZERO
+    panels[:] = 0
+    zero = np.zeros(LANES, np.int32)
+    outputs = line.shape[0] // LANES
+    for b in range(span[0], span[1]):
+        _planes(image, x, b * x_walk[0], size, x_walk[1:], pad)
+        _pack_errors(panels, err, b * err_walk[0], grid, err_walk[1:], totals)
+        for n in range(0, grid[0], LANES):
+            w_at = n * offsets.shape[0] * 4
+            for k in range(lines.shape[0]):
+                _outputs(outputs, image, lines[k], step, offsets, panels, w_at, zero, line)
+                p = (n // LANES * lines.shape[0] + k) * outputs * LANES
+                to = sums[p : p + outputs * LANES]
+                for i in range(to.shape[0]):
+                    to[i] = i32(to[i] + line[i])
+
+
+__all__ = ["SLACK", "correlate"]
