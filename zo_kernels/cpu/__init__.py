@@ -4,7 +4,6 @@ from zo_kernels.cpu.int8 import (
     int8_perturbed_weights,
     int8_range,
     int8_requantize,
-    int8_unpool,
     int8_update_,
     integer_cross_entropy,
     integer_projected_sign,
@@ -19,6 +18,7 @@ from zo_kernels.cpu.int8_products import (
     int8_paired_conv2d,
     int8_paired_linear,
 )
+from zo_kernels.cpu.int8_unpool import int8_unpool
 from zo_kernels.cpu.ops import perturb_, perturbed_weights, sample, update_
 from zo_kernels.cpu.paired_batch_norm import paired_batch_norm
 from zo_kernels.cpu.paired_conv1d import paired_conv1d

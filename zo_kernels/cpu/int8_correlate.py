@@ -40,35 +40,35 @@ def _planes(image, x, at, size, strides, pad):
     high, wide = height + 2 * pad[0], width + 2 * pad[1]
     for c in range(channels):
         for h in range(height):
-            p = at + c * s_c + h * s_h
-            row = x[p : p + (width - 1) * s_w + 1 : s_w]
-            p = (c * high + h + pad[0]) * wide + pad[1]
-            to = image[p : p + width]
-            for i in range(width):
-                to[i] = u8(u8(row[i]) ^ u8(ZERO))
+            p, place = at + c * s_c + h * s_h, (c * high + h + pad[0]) * wide + pad[1]
+            to = image[place : place + width]
+            if s_w == 1:
+                row = x[p : p + width]
+                for i in range(width):
+                    to[i] = u8(u8(row[i]) ^ u8(ZERO))
+            else:
+                for i in range(width):
+                    to[i] = u8(u8(x[p + i * s_w]) ^ u8(ZERO))
 
 
 @njit(inline="always")
-def _pack_errors(panels, err, at, grid, strides, totals):
-    """The errors of an image as panels of 16 channels, `[N / 16, rows * steps, 16, 4]`; `totals`
-    grow by the sum of each channel."""
+def _pack_errors(panels, err, at, grid, strides):
+    """The errors of an image as panels of 16 channels, `[N / 16, rows * steps, 16, 4]`."""
     channels, height, width = grid
     s_n, s_h, s_w = strides
-    steps, whole = (width + 3) // 4, width // 4 if s_w == 1 else 0
-    words = panels.view(np.int32)
+    steps, words = (width + 3) // 4, panels.view(np.int32)
+    last = i32(-1) if width % 4 == 0 else i32((1 << 8 * (width % 4)) - 1)  # of a row's last four
     for n in range(channels):
-        total = i32(0)
         for h in range(height):
             p = at + n * s_n + h * s_h
             to = ((n // LANES * height + h) * steps) * LANES + n % LANES
-            for q in range(whole):
-                words[to + q * LANES] = _word(err, p + 4 * q)
-            for i in range(4 * whole, width):
-                panels[4 * (to + i // 4 * LANES) + i % 4] = err[p + i * s_w]
-            row = err[p : p + (width - 1) * s_w + 1 : s_w]
-            for i in range(width):
-                total = i32(total + i32(row[i]))
-        totals[n] = i32(totals[n] + total)
+            if s_w == 1 and p + 4 * steps <= err.shape[0]:
+                for q in range(steps - 1):
+                    words[to + q * LANES] = _word(err, p + 4 * q)
+                words[to + (steps - 1) * LANES] = _word(err, p + 4 * (steps - 1)) & last
+            else:
+                for i in range(width):
+                    panels[4 * (to + i // 4 * LANES) + i % 4] = err[p + i * s_w]
 
 
 @njit(inline="always")
@@ -108,13 +108,15 @@ def correlate(
     panels, line = rest
     image[:] = ZERO
     panels[:] = 0
-    zero = np.zeros(LANES, np.int32)
+    zero, nowhere = np.zeros(LANES, np.int32), np.zeros(offsets.shape[0], np.int64)
+    ones = np.ones(4, np.uint8)
     outputs = line.shape[0] // LANES
     for b in range(span[0], span[1]):
         _planes(image, x, b * x_walk[0], size, x_walk[1:], pad)
-        _pack_errors(panels, err, b * err_walk[0], grid, err_walk[1:], totals)
+        _pack_errors(panels, err, b * err_walk[0], grid, err_walk[1:])
         for n in range(0, grid[0], LANES):
             w_at = n * offsets.shape[0] * 4
+            _block(1, ones, 0, 0, nowhere, panels, w_at, totals, n, totals, n)
             for k in range(lines.shape[0]):
                 _outputs(outputs, image, lines[k], step, offsets, panels, w_at, zero, line)
                 p = (n // LANES * lines.shape[0] + k) * outputs * LANES

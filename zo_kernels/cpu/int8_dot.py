@@ -19,7 +19,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 i8, i32, u8 = np.int8, np.int32, np.uint8
-LANES = 16  # channels of a panel
+LANES = 16  # channels of a panel, of `zo_kernels.cpu.int8_pack`
 SLACK = 64  # bytes that may be read, never used, beyond an image
 ZERO = 128  # what a 0 becomes
 WINDOWS, ALL = 1, 2  # maxima: of windows 2 x 2, of all positions
@@ -190,31 +190,6 @@ def _row(width, x, at, step, offsets, w, w_at, first, first_at, out, out_at):
         done += size
 
 
-@njit(nogil=True, cache=True)
-def pack(w, shape, panels, first):
-    """Weights `[N, runs * length]` as panels of 16 channels: `[N / 16, steps, 16, 4]`, each run
-    filled up to whole steps with zeros; and the sums `first` [16 (N / 16)] that undo the 128."""
-    channels, runs, length = shape
-    per_run = (length + 3) // 4
-    steps = runs * per_run
-    for n in range(channels):
-        row = w[n * runs * length : (n + 1) * runs * length]
-        total = i32(0)
-        for k in range(row.shape[0]):
-            total = i32(total + i32(row[k]))
-        first[n] = i32(-ZERO * total)
-        place = n // LANES * steps * 4 * LANES + n % LANES * 4
-        if length % 4 == 0:
-            words, to = row.view(np.int32), panels[place:].view(np.int32)
-            for q in range(steps):
-                to[q * LANES] = words[q]
-        else:
-            for run in range(runs):
-                for j in range(length):
-                    q = run * per_run + j // 4
-                    panels[place + q * 4 * LANES + j % 4] = row[run * length + j]
-
-
 @njit(inline="always")
 def _fill(image, plain, x, at, size, strides, pad, padded_w):
     """`x + 128` of one image into the middle of a padded one, channels innermost; `plain` holds it
@@ -319,7 +294,7 @@ def scratch_sizes(
 ) -> tuple[int, ...]:
     """Elements of what `convolve` works in: the padded image (bytes), the image while it is turned
     (bytes), sums (words), sums before pooling (words), places of maxima (bytes)."""
-    (channels, height, width), (_, _, high, wide) = size, grid
+    (channels, height, width), (high, wide) = size, grid[-2:]
     image = (height + 2 * pad[0]) * (width + 2 * pad[1]) * channels + SLACK
     positions = {0: high * wide, WINDOWS: (high // 2) * (wide // 2), ALL: 1}[pool]
     before = {0: 0, WINDOWS: 2 * wide, ALL: min(POINTS, wide)}[pool]
@@ -347,20 +322,21 @@ def _deliver(found, positions, target, walk, channels, total):
 def convolve(
     x, x_walk, size, geometry, grid, panels, first, offsets, out, out_walk, spots, after, span, room
 ):
-    """A convolution by the weights of `grid[0]` halves; returns the largest `|x| - 1` of each, 0 at
-    the least.
+    """A convolution by the weights of some halves; returns the largest `|x| - 1` of each, 0 at the
+    least.
 
-    `x`, `out`: flat views of memory. `x_walk`: place of the first image, the strides of an image, a
-    channel, a row, a column; `out_walk`: place, strides of a half, an image, a channel, a row, a
-    column. `size` = (channels, height, width) of an image, `geometry` = (stride, padding) as pairs,
-    `grid` = (halves, channels, height, width) of the convolution before pooling. `panels` and
-    `first` by `pack`, of all halves' channels; `offsets` [steps] of their steps in a padded image.
+    `x`, `out`: flat views of memory; `x_walk` and `out_walk`: strides of a half, an image, a
+    channel, a row, a column. `size` = (channels, height, width) of an image, `geometry` = (stride,
+    padding) as pairs, `grid` = (groups, halves of a group, channels, height, width) of the
+    convolution before pooling: halves of a group read the same images. `panels` and `first` by
+    `pack`, of all groups or one for them all; `offsets` [steps] of their steps in a padded image.
     `spots`: like `out`, bytes; written where the places of maxima are kept. `after` = (relu, pool,
-    keep places); `span` = (first image, end, columns of all images): the last image may be
-    narrower. `room` = `scratch_sizes` and as many bytes, words at the end.
+    keep places); `span` = (first, end, images of a half, columns of them all): images of all
+    groups in a row; the last one of a half may be narrower. `room` = `scratch_sizes` and as many
+    bytes, words at the end.
     """
     (stride, pad), (relu, pool, keep), (sizes, memory) = geometry, after, room
-    halves, channels, height, width = grid
+    groups, together, channels, height, width = grid
     padded_w = size[2] + 2 * pad[1]
     words = memory[memory.shape[0] - 4 * (sizes[2] + sizes[3]) :].view(np.int32)
     image, plain = memory[: sizes[0]], memory[sizes[0] : sizes[0] + sizes[1]].view(np.int8)
@@ -368,26 +344,33 @@ def convolve(
     scratch = (words[: sizes[2]], words[sizes[2] :], places)
     image[:] = ZERO
     steps = (stride[0] * padded_w * size[0], stride[1] * size[0])
-    tops = np.zeros(first.shape[0], np.int32)
-    for b in range(span[0], span[1]):
-        left = span[2] - b * width
+    tops = np.zeros((groups, first.shape[1]), np.int32)
+    for place in range(span[0], span[1]):
+        group, b = place // span[2], place % span[2]
+        left = span[3] - b * width
         wide = min(width, left)
         inside = (size[0], size[1], size[2] if left >= width else left)
-        _fill(image, plain, x, x_walk[0] + b * x_walk[1], inside, x_walk[2:], pad, padded_w)
+        at = group * x_walk[0] + b * x_walk[1]
+        _fill(image, plain, x, at, inside, x_walk[2:], pad, padded_w)
         high, broad = (height // 2, wide // 2) if pool == WINDOWS else (height, wide)
         if pool == ALL:
             high, broad = 1, 1
-        walk = (out_walk[0] + b * out_walk[2], out_walk[1], out_walk[3], out_walk[4], out_walk[5])
-        for n in range(0, halves * channels, LANES):
+        at = group * together * out_walk[0] + b * out_walk[1]
+        walk = (at, out_walk[0], out_walk[2], out_walk[3], out_walk[4])
+        own = group if group < panels.shape[0] else 0
+        w, begin = panels[own], first[own]
+        for n in range(0, together * channels, LANES):
             w_at = n * offsets.shape[0] * 4
-            _panel(image, steps, (height, wide), offsets, panels, w_at, first, n, pool, scratch)
-            _finish(scratch[0], high * broad, relu, tops, n)
+            _panel(image, steps, (height, wide), offsets, w, w_at, begin, n, pool, scratch)
+            _finish(scratch[0], high * broad, relu, tops[group], n)
             found, to = (scratch[0], places, n), (out, spots, keep)
-            _deliver(found, (high, broad), to, walk, channels, halves * channels)
-    largest = np.zeros(halves, np.int32)
-    for n in range(halves * channels):
-        largest[n // channels] = max(largest[n // channels], tops[n])
+            _deliver(found, (high, broad), to, walk, channels, together * channels)
+    largest = np.zeros((groups, together), np.int32)
+    for group in range(groups):
+        for n in range(together * channels):
+            half = n // channels
+            largest[group, half] = max(largest[group, half], tops[group, n])
     return largest
 
 
-__all__ = ["ALL", "LANES", "WINDOWS", "convolve", "pack", "scratch_sizes"]
+__all__ = ["ALL", "LANES", "SLACK", "WINDOWS", "convolve", "scratch_sizes"]

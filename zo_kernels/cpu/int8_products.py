@@ -6,7 +6,7 @@ A linear layer is a convolution with a kernel of 1 x 1 over images of one row: i
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -15,16 +15,17 @@ import torch
 from torch import Tensor
 
 from zo_kernels._conv import Geometry, Pair, conv_size, empty_output, geometry
-from zo_kernels._layout import groups_per_row, layout_of
+from zo_kernels._layout import layout_of
 from zo_kernels.cpu.int8 import _counters, _memory, _settings, _walk
-from zo_kernels.cpu.int8_dot import ALL, LANES, WINDOWS, convolve, pack, scratch_sizes
-from zo_kernels.cpu.int8_kernels import perturb_int8
+from zo_kernels.cpu.int8_dot import ALL, LANES, WINDOWS, convolve, scratch_sizes
+from zo_kernels.cpu.int8_pack import pack
 from zo_kernels.cpu.ops import _pool
 
 PARALLEL_FROM = 1 << 25  # products: below, a thread's hand-over costs more than it saves
 SAMPLES = 64  # of a linear layer in an "image": they stay in cache
 ONE = Geometry((1, 1), (0, 0), (1, 1))
 NO_SPOTS = torch.empty(0, dtype=torch.uint8)
+NO_NOISE = (np.uint64(0),) * 5
 
 
 class Noise(NamedTuple):
@@ -36,32 +37,6 @@ class Noise(NamedTuple):
     stop: int
     p_zero: float
     r_max: int
-
-
-def _halves(w: Tensor, noise: Noise) -> Any:
-    """`clip(w +- z)` with columns in the order of the noise: `[H, N K]`; without noise `[1, N K]`
-    for all halves."""
-    count = noise.stop - noise.start
-    if noise.key is None:
-        flat = w.movedim(1, -1).reshape(1, -1) if w.ndim > 2 else w.reshape(1, -1)
-        return flat.contiguous().numpy()
-    walk = layout_of(w)
-    if walk is None:
-        w = w.contiguous()
-        walk = layout_of(w)
-        assert walk is not None
-    out = empty((count, w.numel()), torch.int8)
-    to = (walk.cols, walk.inner, walk.cols, walk.inner, 1)
-    groups = walk.rows * groups_per_row(walk.cols, "sparse_int8")
-    rest = (_walk(walk), to, groups, _settings(noise.p_zero, noise.r_max))
-    memory = _memory(w, walk.extent)
-    for query in range(noise.start // 2, (noise.stop + 1) // 2):
-        plus, minus = 2 * query >= noise.start, 2 * query + 1 < noise.stop
-        first = out[2 * query - noise.start + (not plus)]
-        second = out[2 * query + 1 - noise.start] if minus else first
-        words = _counters(noise.key, noise.tensor, query)
-        perturb_int8(memory, first, second, plus, minus, *rest, words)
-    return out
 
 
 @lru_cache(maxsize=1024)
@@ -87,18 +62,41 @@ def empty(shape: int | tuple[int, ...], dtype: torch.dtype = torch.int32) -> Any
     return torch.empty(shape, dtype=dtype).numpy()
 
 
-def _packed(weights: Any, channels: int, runs: int, length: int) -> tuple[Any, Any]:
+def zeros(shape: tuple[int, ...], dtype: torch.dtype = torch.int32) -> Any:
+    return torch.zeros(shape, dtype=dtype).numpy()
+
+
+def _packed(w: Tensor, noise: Noise, together: int, runs: int, length: int) -> tuple[Any, Any]:
+    """Panels of the halves, `together` of them in a group; without noise one group for all."""
+    walk = layout_of(w)
+    if walk is None:
+        w = w.contiguous()
+        walk = layout_of(w)
+        assert walk is not None
+    count = noise.stop - noise.start
+    groups, channels = count // together, together * walk.rows
+    if noise.key is None:
+        groups, channels, together = 1, walk.rows, 0
     blocks = -(-channels // LANES)
-    size = blocks * runs * ((length + 3) // 4) * 4 * LANES
-    panels = torch.zeros(size, dtype=torch.int8).numpy()
-    first = torch.zeros(blocks * LANES, dtype=torch.int32).numpy()
-    pack(weights, (channels, runs, length), panels, first)
+    panels = zeros((groups, blocks * runs * ((length + 3) // 4) * 4 * LANES), torch.int8)
+    first = zeros((groups, blocks * LANES))
+    words = NO_NOISE if noise.key is None else _counters(noise.key, noise.tensor, 0)
+    pack(
+        *(_memory(w, walk.extent), _walk(walk), (walk.rows, runs, length)),
+        *((noise.start, noise.stop, together), _settings(noise.p_zero, noise.r_max), words),
+        *(panels, first),
+    )
     return panels, first
 
 
 def extent(t: Tensor) -> int:
     """Elements of memory from the first of a tensor to its last."""
-    return 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    return _extent(tuple(t.shape), t.stride())
+
+
+@lru_cache(maxsize=4096)
+def _extent(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    return 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
 
 
 def over_images(images: int, products: int, job: Callable[[int, int], Any]) -> list[Any]:
@@ -142,49 +140,40 @@ class After(NamedTuple):
 def _multiply(
     x: tuple[Tensor, Images],
     out: tuple[Tensor, Images],
-    halves: Any,
-    count: int,
+    w: Tensor,
+    noise: Noise,
     kernel: tuple[int, int],
     geo: Geometry,
     shared: bool,
     after: After,
 ) -> Tensor:
-    """Fill `out`, whose size is that before pooling; returns the bits of each of `count` halves.
-
-    `halves` are their weights, or one for all of them.
-    """
+    """Fill `out`, whose size is that before pooling; returns the bits of each half."""
     source, images = x
     target, grid = out
     line = (images.size[2] + 2 * geo.padding[1]) * images.size[0]
     runs, length, offsets = _runs(images.size[0], kernel, geo.dilation, line)
-    memory, to = _memory(source, extent(source)), _memory(target, extent(target))
+    count = noise.stop - noise.start
+    # Perturbed halves that use one copy of an image: their channels lie side by side.
+    together = count if shared and noise.key is not None else 1
     keep = after.spots.numel() > 0
     spots = _memory(after.spots, extent(after.spots)) if keep else NO_SPOTS.numpy()
-    s_half, *s_x = images.strides
-    # Halves that use one copy of an image: their channels lie side by side.
-    together = len(halves) if shared else 1
-    size = (together, *grid.size)
-    sizes, room = _sizes(images.size, geo.padding, size, after.pool)
-    products = together * grid.columns * grid.size[1] * halves.shape[1]
-    largest: list[int] = []
-    for half in range(0, count, together):
-        if half < len(halves):
-            some = halves[half : half + together].reshape(-1)
-            packed = _packed(some, together * grid.size[0], runs, length)
-        job = partial(
-            _span,
-            *(memory, (half * s_half, *s_x), images.size, (geo.stride, geo.padding), size),
-            *(*packed, offsets, to, (half * grid.strides[0], *grid.strides)),
-            *(spots, (after.relu, after.pool, keep), (sizes, room), grid.columns),
-        )
-        largest += np.maximum.reduce(over_images(images.number, products, job)).tolist()
-    return torch.tensor([n.bit_length() for n in largest], dtype=torch.int32)
+    sizes, room = _sizes(images.size, geo.padding, grid.size, after.pool)
+    given = (
+        *(_memory(source, extent(source)), images.strides, images.size, (geo.stride, geo.padding)),
+        *((count // together, together, *grid.size),),
+        *_packed(w, noise, together, runs, length),
+        *(offsets, _memory(target, extent(target)), grid.strides, spots),
+        (after.relu, after.pool, keep),
+    )
 
+    def job(first: int, end: int) -> Any:
+        span = (first, end, images.number, grid.columns)
+        return convolve(*given, span, (sizes, empty(room, torch.uint8)))
 
-def _span(*args: Any) -> Any:
-    *rest, (sizes, room), columns, begin, end = args
-    memory = empty(room, torch.uint8)
-    return convolve(*rest, (begin, end, columns), (sizes, memory))  # type: ignore[call-arg]
+    products = count * grid.columns * grid.size[1] * w.numel()
+    found = over_images(count // together * images.number, products, job)
+    largest = found[0] if len(found) == 1 else np.maximum.reduce(found)
+    return torch.tensor([n.bit_length() for n in largest.ravel().tolist()], dtype=torch.int32)
 
 
 def int8_paired_linear(
@@ -205,7 +194,7 @@ def int8_paired_linear(
     out = torch.empty((count * rows, features), dtype=torch.int32)
     if out.numel() == 0 or depth == 0:
         return out.zero_(), torch.zeros(count, dtype=torch.int32)
-    halves = _halves(w, Noise(key, tensor or 0, start, stop, p_zero, r_max))
+    noise = Noise(key, tensor or 0, start, stop, p_zero, r_max)
     wide = min(rows, SAMPLES)
     images = -(-rows // wide)
     s_row, s_col = x.stride()
@@ -213,8 +202,7 @@ def int8_paired_linear(
     source = Images(images, (depth, 1, wide), strides, rows)
     to = (rows * features, wide * features, 1, 0, features)
     target = Images(images, (features, 1, wide), to, rows)
-    given = (halves, count, (1, 1), ONE, shared, After(relu))
-    return out, _multiply((x, source), (out, target), *given)
+    return out, _multiply((x, source), (out, target), w, noise, (1, 1), ONE, shared, After(relu))
 
 
 def int8_paired_conv2d(
@@ -238,29 +226,28 @@ def int8_paired_conv2d(
     out = empty_output(x, w, count, shared, geo, pool, torch.int32)
     if out.numel() == 0:
         return out, torch.zeros(count, dtype=torch.int32)
-    halves = _halves(w, Noise(key, tensor or 0, start, stop, p_zero, r_max))
+    noise = Noise(key, tensor or 0, start, stop, p_zero, r_max)
     after = After(relu, WINDOWS if pool else 0)
-    return out, _convolution(x, w, out, halves, count, geo, shared, after)
+    return out, _convolution(x, w, out, noise, geo, shared, after)
 
 
 def _convolution(
     x: Tensor,
     w: Tensor,
     out: Tensor,
-    halves: Any,
-    count: int,
+    noise: Noise,
     geo: Geometry,
     shared: bool,
     after: After,
 ) -> Tensor:
     """Fill `out`, which is not empty; returns its bits."""
-    kernel, images = (w.shape[2], w.shape[3]), out.shape[0] // count
+    kernel, images = (w.shape[2], w.shape[3]), out.shape[0] // (noise.stop - noise.start)
     height, width = conv_size(x.shape[2:], kernel, geo)
     size, grid = tuple(x.shape[1:]), (w.shape[0], height, width)
     strides = (0 if shared else images * x.stride(0), *x.stride())
     source = Images(images, size, strides, images * width)
     target = Images(images, grid, (images * out.stride(0), *out.stride()), images * width)
-    return _multiply((x, source), (out, target), halves, count, kernel, geo, shared, after)
+    return _multiply((x, source), (out, target), w, noise, kernel, geo, shared, after)
 
 
 def int8_conv2d_max_pool(
@@ -276,9 +263,8 @@ def int8_conv2d_max_pool(
     geo = geometry(stride, padding, dilation)
     acc = empty_output(x, w, halves, False, geo, True, torch.int32)
     places = torch.empty_like(acc, dtype=torch.uint8)
-    weights = _halves(w, Noise(None, 0, 0, halves, 0.0, 1))
-    after = After(relu, WINDOWS, places)
-    return acc, _convolution(x, w, acc, weights, halves, geo, False, after), places
+    noise, after = Noise(None, 0, 0, halves, 0.0, 1), After(relu, WINDOWS, places)
+    return acc, _convolution(x, w, acc, noise, geo, False, after), places
 
 
 def int8_paired_conv1d_max(
@@ -300,9 +286,8 @@ def int8_paired_conv1d_max(
     count, geo = stop - start, geometry((1, stride), (0, padding), (1, dilation))
     x, w = x.unsqueeze(2), w.unsqueeze(2)
     acc = torch.empty((x.shape[0] * (count if shared else 1), w.shape[0]), dtype=torch.int32)
-    halves = _halves(w, Noise(key, tensor or 0, start, stop, p_zero, r_max))
-    to = acc.unsqueeze(2).unsqueeze(3)
-    return acc, _convolution(x, w, to, halves, count, geo, shared, After(relu, ALL))
+    noise, to = Noise(key, tensor or 0, start, stop, p_zero, r_max), acc.unsqueeze(2).unsqueeze(3)
+    return acc, _convolution(x, w, to, noise, geo, shared, After(relu, ALL))
 
 
 def int8_matmul(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
