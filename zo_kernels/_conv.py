@@ -20,11 +20,11 @@ class Geometry(NamedTuple):
 
 def _pair(name: str, value: Any, least: int) -> tuple[int, int]:
     pair = (value, value) if isinstance(value, int) else value
-    if (
-        not isinstance(pair, (tuple, list))
-        or len(pair) != 2
-        or any(not isinstance(n, int) or n < least for n in pair)
-    ):
+    good = isinstance(pair, (tuple, list)) and len(pair) == 2
+    # Spelled out: a layer asks six times or more, and a generator costs more than the rest.
+    if not good or not isinstance(pair[0], int) or not isinstance(pair[1], int):
+        good = False
+    if not good or pair[0] < least or pair[1] < least:
         raise ValueError(f"{name} must be an integer >= {least} or two of them, got {value!r}")
     return pair[0], pair[1]
 
@@ -42,11 +42,9 @@ def kernel_size(kernel: Pair) -> tuple[int, int]:
 
 def conv_size(size: Sequence[int], kernel: Sequence[int], geo: Geometry) -> tuple[int, int]:
     """Height and width of the convolution, before pooling."""
-    height, width = (
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, k, s, p, d in zip(size, kernel, *geo, strict=True)
-    )
-    return height, width
+    (s_h, s_w), (p_h, p_w), (d_h, d_w) = geo
+    height = (size[0] + 2 * p_h - d_h * (kernel[0] - 1) - 1) // s_h + 1
+    return height, (size[1] + 2 * p_w - d_w * (kernel[1] - 1) - 1) // s_w + 1
 
 
 def empty_output(

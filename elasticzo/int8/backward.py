@@ -97,8 +97,7 @@ def weight_gradient(layer: Int8Layer, error: Tensor, x: Tensor, backend: str) ->
     """`err^T x`: int32 like the weight; more than one where int32 could not hold the sum."""
     if not layer.convolution:
         parts = zip(torch.split(error, MAX_ROWS), torch.split(x, MAX_ROWS), strict=True)
-        products = [int8_matmul(part.t(), e, backend=backend)[0] for e, part in parts]
-        return [g.t().contiguous() for g in products]
+        return [int8_matmul(e.t(), part, backend=backend)[0] for e, part in parts]
     if layer.weight.ndim == 3:
         error, x = error.unsqueeze(2), x.unsqueeze(2)
     images = max(1, MAX_ROWS // error[0, 0].numel())

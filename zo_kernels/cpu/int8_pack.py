@@ -13,6 +13,7 @@ from numba import njit
 from zo_kernels.cpu.int8_kernels import fill_sparse
 
 i8, i32, u64 = np.int8, np.int32, np.uint64
+u8, u32 = np.uint8, np.uint32
 LANES = 16  # channels of a panel
 ZERO = 128  # what a 0 of the other operand becomes
 
@@ -42,6 +43,25 @@ def _place(row, channel, runs, length, panels, first):
                 panels[place + q * 4 * LANES + j % 4] = row[run * length + j]
 
 
+@njit(inline="always")
+def _transposed(w, rows, cols, s_inner, panels, first):
+    """Rows that are neighbours in memory: 16 of them at a time, four columns to a word."""
+    steps = (cols + 3) // 4
+    words = panels.view(np.uint32)
+    for n in range(0, rows, LANES):
+        some = min(LANES, rows - n)
+        sums = first[n : n + some]
+        for q in range(steps):
+            p = (n // LANES * steps + q) * LANES
+            to = words[p : p + some]
+            for j in range(min(4, cols - 4 * q)):
+                p = (4 * q + j) * s_inner + n
+                column = w[p : p + some]
+                for i in range(some):
+                    to[i] |= u32(u32(u8(column[i])) << u32(8 * j))
+                    sums[i] = i32(sums[i] - ZERO * i32(column[i]))
+
+
 @njit(nogil=True, cache=True)
 def pack(w, walk, shape, halves, settings, words, panels, first):
     """The rows of `clip(w +- z)` as panels of 16 channels, `[groups, C / 16, steps, 16, 4]`: each
@@ -58,6 +78,9 @@ def pack(w, walk, shape, halves, settings, words, panels, first):
     c1, c2, c3, k0, k1 = words
     per_row = (cols + 7) // 8
     own, row, z = np.empty(cols, np.int8), np.empty(cols, np.int8), np.empty(8 * per_row, np.int32)
+    if together == 0 and s_row == 1 and inner == cols and s_inner > 1:
+        _transposed(w, rows, cols, s_inner, panels[0], first[0])
+        return
     for n in range(rows):
         for outer in range(0, cols, inner):
             p = n * s_row + outer // inner * s_outer
