@@ -7,6 +7,7 @@ a fast CPU twin (numba). `backend=` forces one; `resolve_backend` says which one
 from zo_kernels._lib import BACKENDS, resolve_backend
 from zo_kernels.int8_conv2d_gradient import int8_conv2d_gradient
 from zo_kernels.int8_conv2d_max_pool import int8_conv2d_max_pool
+from zo_kernels.int8_gradient_update import int8_gradient_update_
 from zo_kernels.int8_matmul import int8_matmul
 from zo_kernels.int8_paired_conv1d import int8_paired_conv1d
 from zo_kernels.int8_paired_conv1d_max import int8_paired_conv1d_max
@@ -36,6 +37,7 @@ __all__ = [
     "BACKENDS",
     "int8_conv2d_gradient",
     "int8_conv2d_max_pool",
+    "int8_gradient_update_",
     "int8_matmul",
     "int8_paired_conv1d",
     "int8_paired_conv1d_max",

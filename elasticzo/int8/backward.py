@@ -76,7 +76,7 @@ def _to_accumulators(
 ) -> Tensor:
     """From the error of a block's output to that of its accumulators."""
     if block.relu:
-        q = q * (part_of(own.out, half, count) > 0)
+        q = q * part_of(own.out, half, count).clamp_max(1)  # no output is negative
     if block.flatten:
         q = q.reshape(-1, *own.shapes[-1][1:])
     for i in reversed(range(len(block.pools))):
@@ -96,6 +96,8 @@ def _to_accumulators(
 def weight_gradient(layer: Int8Layer, error: Tensor, x: Tensor, backend: str) -> list[Tensor]:
     """`err^T x`: int32 like the weight; more than one where int32 could not hold the sum."""
     if not layer.convolution:
+        if len(x) <= MAX_ROWS:
+            return [int8_matmul(error.t(), x, backend=backend)[0]]
         parts = zip(torch.split(error, MAX_ROWS), torch.split(x, MAX_ROWS), strict=True)
         return [int8_matmul(e.t(), part, backend=backend)[0] for e, part in parts]
     if layer.weight.ndim == 3:

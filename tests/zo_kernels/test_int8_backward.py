@@ -10,9 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.zo_kernels._int8_operands import int8
+from tests.zo_kernels._integer_model import ROUNDINGS, clip, rounded
+from tests.zo_kernels._noise_model import model
 from tests.zo_kernels.test_int8_use import op
 from tests.zo_kernels.test_paired_conv2d import CASES, LAST
-from zo_kernels import int8_conv2d_gradient, int8_conv2d_max_pool, int8_range, int8_unpool
+from zo_kernels import (
+    int8_conv2d_gradient,
+    int8_conv2d_max_pool,
+    int8_gradient_update_,
+    int8_range,
+    int8_unpool,
+)
 
 pytestmark = pytest.mark.usefixtures("poison")
 BACKWARD = {
@@ -103,6 +111,36 @@ def test_unpool(size: tuple[int, int], backend: str, device: Any) -> None:
     assert acc.grad is not None and torch.equal(found.cpu().double(), acc.grad)
 
 
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("b_bp", [-3, 0, 4, 7])
+def test_update(b_bp: int, rounding: str, backend: str, device: Any) -> None:
+    """Against Python's integers; weights and gradients of any strides."""
+    w = int8(5, 7, 3, 2).to(memory_format=LAST)
+    gradient = torch.randint(-(2**20), 2**20, (3, 7, 5, 2), dtype=torch.int32).transpose(0, 2)
+    gradient[0, 0, 0, 0] = 2**20
+    key, to = torch.tensor([3, 4]), w.clone().to(device)
+    seen = to._version
+    int8_gradient_update_(
+        *(to, gradient.to(device)), b_bp=b_bp, rounding=rounding, key=key.to(device), tensor=6,
+        backend=backend,
+    )  # fmt: skip
+    words = model(w.shape, 3, 4, tensor=6, query=0, noise="bits", purpose="rounding")
+    triples = zip(w.flatten().tolist(), gradient.flatten().tolist(), words.flatten().tolist(),
+                  strict=True)  # fmt: skip
+    want = [clip(x - clip(rounded(g, 20 - b_bp, rounding, u))) for x, g, u in triples]
+    assert to.flatten().tolist() == want and to._version > seen
+
+
+def test_update_of_small_gradients(backend: str, device: Any) -> None:
+    """Nothing is shifted up; zeros move nothing; an empty weight is none."""
+    for size, change in ((3, 3), (0, 0)):
+        w = torch.full((4,), 126, dtype=torch.int8, device=device)
+        gradient = torch.full((4,), -size, dtype=torch.int32, device=device)
+        int8_gradient_update_(w, gradient, b_bp=7, backend=backend)
+        assert w.tolist() == [min(126 + change, 127)] * 4
+    int8_gradient_update_(w[:0], gradient[:0], b_bp=7, backend=backend)
+
+
 def test_opcheck(backend: str, device: Any) -> None:
     x, w = int8(4, 3, 5, 6, device=device), int8(4, 3, 3, 2, device=device)
     for images in (x, x.to(memory_format=LAST)):
@@ -113,6 +151,11 @@ def test_opcheck(backend: str, device: Any) -> None:
     torch.library.opcheck(op("int8_conv2d_gradient"), args)
     places = torch.zeros(4, 4, 3, 5, dtype=torch.uint8, device=device)
     torch.library.opcheck(op("int8_unpool"), (error, places, [7, 10], backend))
+    gradient, key = torch.ones(4, 3, dtype=torch.int32, device=device), torch.tensor([1, 2])
+    noise = ("stochastic", key.to(device), 3, backend)
+    torch.library.opcheck(
+        op("int8_gradient_update_"), (int8(4, 3, device=device), gradient, 3, *noise)
+    )
     points, kernel = int8(4, 3, 9, device=device), int8(5, 3, 2, device=device)
     noise = (torch.tensor([1, 2], device=device), 3, 0, 2, False)
     args = (points, kernel, *noise, 2, 1, 1, 0.25, 9, True, backend)
@@ -154,6 +197,21 @@ NEAR: dict[str, tuple[Any, type[Exception], str]] = {
         lambda: int8_conv2d_gradient(E, X[:, :0], 3),
         ValueError,
         r"only the batch may be empty, got shapes \[2, 4, 3, 3\] of error and \[2, 0, 5, 5\] of x",
+    ),
+    "gradient": (
+        lambda: int8_gradient_update_(E, E, b_bp=1),
+        TypeError,
+        r"gradient must be torch.int32, got torch.int8",
+    ),
+    "b-bp": (
+        lambda: int8_gradient_update_(E, E.int(), b_bp=8),
+        ValueError,
+        r"b_bp must be in \[-24, 7\], got 8",
+    ),
+    "stochastic": (
+        lambda: int8_gradient_update_(E, E.int(), b_bp=1, rounding="stochastic"),
+        ValueError,
+        r"rounding 'stochastic' needs a key, got None",
     ),
     "halves": (
         lambda: int8_conv2d_max_pool(X, torch.zeros(4, 3, 3, 3, dtype=torch.int8), 3),

@@ -1,6 +1,7 @@
 """Fast CPU twins in numba: the same ops, 40 times faster than the reference's int64 Philox."""
 
 from zo_kernels.cpu.int8 import (
+    int8_gradient_update_,
     int8_perturbed_weights,
     int8_range,
     int8_requantize,
@@ -31,6 +32,7 @@ from zo_kernels.cpu.stage import stage_
 __all__ = [
     "int8_conv2d_gradient",
     "int8_conv2d_max_pool",
+    "int8_gradient_update_",
     "int8_matmul",
     "int8_paired_conv1d",
     "int8_paired_conv1d_max",

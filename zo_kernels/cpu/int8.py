@@ -21,6 +21,7 @@ from zo_kernels._int8 import (
 from zo_kernels._layout import Layout, groups_per_row, layout_of
 from zo_kernels.cpu.int8_kernels import (
     cross_entropy,
+    gradient_update,
     perturb_int8,
     range_flat,
     requantize_flat,
@@ -92,6 +93,25 @@ def int8_requantize(
     requantize_flat(*where, *settings)
     out = q if source is acc else torch.empty_like(acc, dtype=torch.int8).copy_(q)
     return out, total
+
+
+@torch.no_grad()
+def int8_gradient_update_(
+    w: Tensor,
+    gradient: Tensor,
+    *,
+    b_bp: int,
+    rounding: str = "pseudo",
+    key: Tensor | None = None,
+    tensor: int = 0,
+) -> None:
+    noise = rounding_words(w.shape, key, rounding, tensor, 0, sample)
+    words = NO_WORDS if noise is None else noise.contiguous().view(-1).numpy()
+    target = w.contiguous()
+    flat = target.view(-1).numpy(), gradient.contiguous().view(-1).numpy()
+    gradient_update(*flat, b_bp, ROUNDINGS[rounding], words)
+    if target is not w:
+        w.copy_(target)
 
 
 def int8_perturbed_weights(
@@ -185,6 +205,7 @@ def integer_softmax_error(
 
 
 __all__ = [
+    "int8_gradient_update_",
     "int8_perturbed_weights",
     "int8_range",
     "int8_requantize",

@@ -253,11 +253,20 @@ def _scatter(sums, height, width, out, at, channels, strides):
 def _scatter_places(places, height, width, out, at, channels, strides):
     """Bytes `[height, width, 16]` to where they belong: `channels` of the 16."""
     s_n, s_h, s_w = strides
+    lines, wide = height, width
+    if s_h == width * s_w:  # rows follow each other: one long row
+        lines, wide = 1, height * width
     for n in range(channels):
-        for h in range(height):
+        for h in range(lines):
             p = at + n * s_n + h * s_h
-            for i in range(width):
-                out[p + i * s_w] = places[(h * width + i) * LANES + n]
+            row = places[h * wide * LANES + n : (h + 1) * wide * LANES : LANES]
+            if s_w == 1:
+                to = out[p : p + wide]
+                for i in range(to.shape[0]):
+                    to[i] = row[i]
+            else:
+                for i in range(wide):
+                    out[p + i * s_w] = row[i]
 
 
 @njit(inline="always")

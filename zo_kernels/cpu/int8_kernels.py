@@ -104,6 +104,22 @@ def _requantize(acc, out, s, rounding, words, floor):
             out[i] = i8(max(clip(round_shift(acc[i], s, u32(words[i]), STOCHASTIC)), floor))
 
 
+@njit(nogil=True, cache=True)
+def gradient_update(w, g, b_bp, rounding, words):
+    """`w = clip(w - clip(g / 2^s))` over flat arrays, `s = bits of g - b_bp`."""
+    s = u32(min(max(range_flat(g) - b_bp, 0), 31))
+    if rounding == NEAREST:
+        for i in range(w.shape[0]):
+            w[i] = i8(clip(i32(i32(w[i]) - clip(round_shift(g[i], s, u32(0), NEAREST)))))
+    elif rounding == PSEUDO:
+        for i in range(w.shape[0]):
+            w[i] = i8(clip(i32(i32(w[i]) - clip(round_shift(g[i], s, u32(0), PSEUDO)))))
+    else:
+        for i in range(w.shape[0]):
+            step = clip(round_shift(g[i], s, u32(words[i]), STOCHASTIC))
+            w[i] = i8(clip(i32(i32(w[i]) - step)))
+
+
 @njit(inline="always")
 def sparse(h, p0, width, magic, shift, r_max):
     """One 16-bit number of noise -> [-r_max, r_max], int32; the division is a product."""
@@ -320,6 +336,7 @@ def softmax_error(logits, exponent, target, fraction_bits, rounding, words, out)
 
 __all__ = [
     "cross_entropy",
+    "gradient_update",
     "perturb_int8",
     "range_flat",
     "requantize_flat",

@@ -2,6 +2,7 @@
 
 from zo_kernels.reference.int8_conv2d_gradient import int8_conv2d_gradient
 from zo_kernels.reference.int8_conv2d_max_pool import int8_conv2d_max_pool
+from zo_kernels.reference.int8_gradient_update import int8_gradient_update_
 from zo_kernels.reference.int8_matmul import int8_matmul
 from zo_kernels.reference.int8_paired_conv1d import int8_paired_conv1d
 from zo_kernels.reference.int8_paired_conv1d_max import int8_paired_conv1d_max
@@ -33,6 +34,7 @@ from zo_kernels.reference.update import update_
 __all__ = [
     "int8_conv2d_gradient",
     "int8_conv2d_max_pool",
+    "int8_gradient_update_",
     "int8_matmul",
     "int8_paired_conv1d",
     "int8_paired_conv1d_max",
