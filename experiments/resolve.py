@@ -40,6 +40,7 @@ RANGES: tuple[tuple[str, float, float, bool, bool], ...] = (
     ("seed", 0, 2**63 - 1, True, True),
     ("train_images", 1, math.inf, True, False),
     ("hold_out", 0, math.inf, True, False),
+    ("rotate", -360.0, 360.0, True, True),
     ("threads", 1, math.inf, True, False),
     ("checkpoint_steps", 1, math.inf, True, False),
     ("log_steps", 1, math.inf, True, False),
@@ -108,6 +109,8 @@ def _places(config: TrainConfig, device: torch.device) -> dict[str, Any]:
 def _resolve_int8(config: TrainConfig) -> TrainConfig:
     device, tail = _device(config.device), resolve_tail(config)
     recipe = int8_recipe(config)
+    if config.start_from is not None:
+        recipe["logit_shift"] = 0  # trained logits have their size
     filled = {**recipe, **_places(config, device)}
     filled = {k: v for k, v in filled.items() if getattr(config, k) is None}
     filled |= {
@@ -224,6 +227,11 @@ def build_model(name: str, init: str | None = None) -> nn.Module:
     return model
 
 
+def last_layer(model: nn.Module) -> nn.Linear | nn.Conv2d:
+    """The layer that makes the logits."""
+    return [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))][-1]
+
+
 def check_sizes(config: TrainConfig, data: ImageData) -> None:
     """Raise ValueError where a batch is larger than the training set."""
     if config.batch_size > len(data.train_x):
@@ -261,6 +269,7 @@ __all__ = [
     "check",
     "check_sizes",
     "identity",
+    "last_layer",
     "library_tail",
     "resolve",
     "resolve_tail",
