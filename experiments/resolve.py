@@ -6,6 +6,7 @@ import fnmatch
 import math
 import typing
 from dataclasses import asdict, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -182,9 +183,7 @@ def _scale(
 ) -> dict[str, float]:
     """Scales of the head. The recipe's patterns that this cut leaves nothing to are dropped; the
     user's must match."""
-    with torch.device("meta"):
-        model = build_model(config.model)
-    head = resolve_cut(model, library_tail(tail)).head_parameters
+    head = _head(config.model, tail)
     if config.precision == "int8":
         head = tuple(name for name in head if name.endswith(".weight"))
     if config.method.startswith("frozen-"):
@@ -201,6 +200,14 @@ def _scale(
             if not 0.0 <= value < math.inf:
                 raise ValueError(f"scale of {pattern!r} must be in [0, inf), got {value}")
     return matched
+
+
+@lru_cache
+def _head(model: str, tail: tuple[str, ...]) -> tuple[str, ...]:
+    """Parameters before the cut: a study asks a thousand times."""
+    with torch.device("meta"):
+        network = build_model(model)
+    return resolve_cut(network, library_tail(tail)).head_parameters
 
 
 def _device(name: str) -> torch.device:

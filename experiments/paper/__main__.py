@@ -18,6 +18,7 @@ import tyro
 from rich.console import Console
 
 from experiments.accuracy import RESULTS
+from experiments.folder import RESULT, read_json
 from experiments.learner import load_data
 from experiments.paper.cells import Cell, needs
 from experiments.paper.plan import Plan
@@ -64,24 +65,48 @@ class Study:
 
     def run(self, sections: tuple[str, ...], processes: int) -> None:
         """Raises: Stopped after SIGINT or SIGTERM; the results so far are written."""
-        waves = self.plan.waves(sections)
-        cells = [cell for wave in waves for cell in wave]
-        steps = {cell: self.plan.steps(cell) for cell in cells}
+        self._gather()
+        waves = [
+            [cell for cell in wave if cell not in self.results]
+            for wave in self.plan.waves(sections)
+        ]
+        steps = {cell: self.plan.steps(cell) for wave in waves for cell in wave}
+        meter = Meter(steps, processes, self.console)
+        for cell, result in self.results.items():
+            meter.learn(cell, result)
+        pool = Pool(processes, command(self.plan.preset), meter.tick)
         try:
-            with Meter(cells, steps, processes, self.console) as meter:
-                pool = Pool(processes, command(self.plan.preset), meter.tick)
+            with meter:
                 for wave in waves:
                     self._wave(wave, pool, meter)
         finally:
             path = write(self.plan, self.results, self.failed, self.folder)
             self.console.print(f"written: {path}", markup=False)
 
+    def _gather(self) -> None:
+        """Take what was finished before, of every section."""
+        for wave in self.plan.waves(()):
+            for cell in wave:
+                if self._lacking(cell) is None:
+                    out = self.plan.config(cell, self.results).out
+                    assert out is not None
+                    if (out / RESULT).exists():
+                        self.results[cell] = read_json(out / RESULT)
+        if self.results:
+            whole = len(self.plan.cells)
+            self.console.print(f"{len(self.results)} of {whole} runs were finished before")
+
+    def _lacking(self, cell: Cell) -> Cell | None:
+        """A run that is needed and not there."""
+        needed = needs(cell, self.plan.cells)
+        return next((c for c in needed if c not in self.results), None)
+
     def _wave(self, wave: Sequence[Cell], pool: Pool, meter: Meter) -> None:
         ready = {}
         for cell in wave:
-            lacking = [c for c in needs(cell, self.plan.cells) if c not in self.results]
-            if lacking:
-                self._fail(cell, f"needs {lacking[0]}", meter)
+            lacking = self._lacking(cell)
+            if lacking is not None:
+                self._fail(cell, f"needs {lacking}", meter)
             else:
                 ready[cell] = self.plan.config(cell, self.results)
         for cell, (kind, found) in pool.run(ready):

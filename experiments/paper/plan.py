@@ -34,6 +34,7 @@ class Plan:
         self.candidates = {cell: self._candidates(cell) for cell in tuned}
         labels = [(cell, tuple(tried)) for cell, tried in self.candidates.items()]
         self.cells = names.all_cells(preset, labels)
+        self._configs: dict[Cell, TrainConfig] = {}
 
     def waves(self, sections: tuple[str, ...]) -> list[list[Cell]]:
         """The runs of some sections with all that they need; a wave needs those before it."""
@@ -100,8 +101,13 @@ class Plan:
         """The run in its own folder.
 
         Args:
-            results: of all that the cell needs.
+            results: of all that the cell needs; they do not change.
         """
+        if cell not in self._configs:
+            self._configs[cell] = self._configured(cell, results)
+        return self._configs[cell]
+
+    def _configured(self, cell: Cell, results: Results) -> TrainConfig:
         config = self.base(cell)
         label = cell.candidate or self.chosen(cell, results)
         if label is not None:

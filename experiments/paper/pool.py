@@ -13,7 +13,6 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from experiments.config import TrainConfig
-from experiments.folder import RESULT, read_json
 from experiments.paper.cells import Cell
 from experiments.report import Reporter
 from experiments.training import Interrupted, StopSignals, train
@@ -89,18 +88,11 @@ class Pool:
         self.processes, self.command, self.ticks = processes, command, ticks
 
     def run(self, configs: Mapping[Cell, TrainConfig]) -> Iterator[tuple[Cell, Outcome]]:
-        """Each run as it ends; one that was finished before comes at once.
+        """Each run as it ends.
 
         Raises: Stopped after SIGINT or SIGTERM; checkpoints are kept.
         """
-        left = {}
-        for cell, config in configs.items():
-            assert config.out is not None
-            if (config.out / RESULT).exists():
-                yield cell, ("done", read_json(config.out / RESULT))
-            else:
-                left[cell] = config
-        yield from self._here(left) if self.processes == 1 else self._beside(left)
+        yield from self._here(configs) if self.processes == 1 else self._beside(configs)
 
     def _here(self, configs: Mapping[Cell, TrainConfig]) -> Iterator[tuple[Cell, Outcome]]:
         for cell, config in configs.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -18,21 +18,18 @@ class Meter(AbstractContextManager["Meter"]):
     """A bar over all runs of the study on a terminal, a line for each run elsewhere.
 
     Args:
-        cells: all that will run.
-        steps: of each, about.
+        steps: of each run, about.
         processes: that run at a time.
     """
 
-    def __init__(
-        self, cells: Sequence[Cell], steps: Mapping[Cell, int], processes: int, console: Console
-    ) -> None:
+    def __init__(self, steps: Mapping[Cell, int], processes: int, console: Console) -> None:
         self.steps, self.processes, self.console = dict(steps), processes, console
-        self.left = dict.fromkeys(cells)  # an ordered set
+        self.left = dict.fromkeys(steps)  # an ordered set
         self.runs = len(self.left)
         self.at: dict[Cell, int] = {}  # steps of the runs that go on
         self._spent: dict[tuple[str, ...], list[float]] = {}  # seconds and steps of finished runs
         self._bar = Progress(*COLUMNS, console=console, disable=not console.is_terminal)
-        self._task = self._bar.add_task("", total=sum(steps[c] for c in self.left), left="")
+        self._task = self._bar.add_task("", total=sum(steps.values()), left="")
 
     def __enter__(self) -> Meter:
         self._bar.start()
@@ -47,14 +44,18 @@ class Meter(AbstractContextManager["Meter"]):
             self.at[cell] = step
             self._show()
 
+    def learn(self, cell: Cell, result: Mapping[str, Any]) -> None:
+        """What a finished run cost, for the estimate of the time left."""
+        spent = self._spent.setdefault(_kind(cell), [0.0, 0.0])
+        spent[0] += result["seconds"]
+        spent[1] += result["steps"]
+
     def end(self, cell: Cell, text: str, result: Mapping[str, Any] | None) -> None:
         """A run has ended: with a result, or with a reason for none."""
         self.left.pop(cell, None)
         self.at.pop(cell, None)
         if result is not None:
-            spent = self._spent.setdefault(_kind(cell), [0.0, 0.0])
-            spent[0] += result["seconds"]
-            spent[1] += result["steps"]
+            self.learn(cell, result)
         self.console.print(
             f"{self.runs - len(self.left)}/{self.runs} {cell}: {text}{self._remaining()}",
             markup=False,
