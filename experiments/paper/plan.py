@@ -56,13 +56,15 @@ class Plan:
         """The run with the recipe of its method, without a folder."""
         task = self.preset.task(cell.data)
         held_out = cell.candidate is not None or cell.section == "pretraining"
+        epochs = task.finetune_epochs if cell.fine else task.epochs
         given: dict[str, Any] = {
             "model": cell.model,
             "data": cell.data,
             "data_dir": self._folder(cell.data),
             "method": cell.method,
             "seed": cell.seed,
-            "epochs": task.finetune_epochs if cell.fine else task.epochs,
+            "epochs": epochs,
+            "eval_epochs": 1 if cell.candidate is None else epochs,
             "batch_size": task.batch_size,
             "rotate": cell.rotate,
             "hold_out": task.hold_out if held_out else 0,

@@ -1,9 +1,10 @@
 """The settings that are tried for each method, the same number for all, and the choice.
 
-From scratch the main rate of a method is multiplied by the powers of 2 around its recipe: the
-head's, where it has one, else the tail's. In integers the share of weights that moves plays the
-head's rate, the bits of an update (a factor of 2 each) the tail's. From trained weights both rates
-fall together, since what is learnt must not be lost.
+From scratch the main rate of a method is multiplied by powers of 2 around its recipe: the head's,
+where it has one, else the tail's. In integers the share of weights that moves plays the head's
+rate, and the bits of an update the tail's (a bit is a factor of 2). From trained weights a method
+with head and tail tries both: there the head's best rate falls (what is learnt must not be lost)
+and the tail's does not.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from typing import Any
 from experiments.config import TrainConfig
 from experiments.paper.cells import WITH_HEAD
 
-# The first is the recipe itself: it wins where others are only as good.
-FACTORS = (1.0, 0.5, 2.0, 0.25, 4.0)
-FINE = (1.0, 0.3, 0.1, 0.03, 0.01)
-SHIFTS = (0, -1, 1, -2, 2)
+# Powers of 2 of (head's rate, tail's rate); the first is the recipe itself.
+HEAD = ((0, 0), (-1, 0), (1, 0), (-2, 0), (2, 0))
+TAIL = ((0, 0), (0, -1), (0, 1), (0, -2), (0, 2))
+FINE_HEAD = ((0, 0), (-1, 0), (1, 0), (-2, 0), (-3, 0))
+FINE_TAIL = ((0, 0), (0, -1), (0, 1), (0, -2), (0, -3))
+FINE_BOTH = ((0, 0), (0, 1), (-2, 1), (-2, 0), (-3, 1))
 MOST_BITS = 7  # of an update of the tail
 
 Changes = dict[str, Any]
@@ -29,43 +32,39 @@ def candidates(config: TrainConfig, fine: bool, count: int) -> dict[str, Changes
     Args:
         config: resolved, with the recipe of its method.
         fine: from trained weights.
-        count: how many, the recipe first.
+        count: how many, 1 to 5, the recipe first.
     """
-    make = _fine if fine else _from_scratch
-    return dict(list(make(config).items())[:count])
+    if config.method not in WITH_HEAD:
+        powers = FINE_TAIL if fine else TAIL
+    elif not fine:
+        powers = HEAD
+    else:
+        powers = FINE_HEAD if config.method == "full-zo" else FINE_BOTH
+    make = _integers if config.precision == "int8" else _floats
+    found = {}
+    for head, tail in powers[:count]:
+        parts = [f"{what} x {2.0**p:g}" for what, p in (("head", head), ("tail", tail)) if p]
+        found[" ".join(parts) or "recipe"] = make(config, head, tail)
+    return found
 
 
-def _from_scratch(config: TrainConfig) -> dict[str, Changes]:
-    has_head = config.method in WITH_HEAD
-    if config.precision == "int8":
-        if has_head:
-            return {f"density x {f:g}": _density(config, f) for f in FACTORS}
-        return {f"b_bp {shift:+d}": _bits(config, shift) for shift in SHIFTS}
-    name = "head_lr" if has_head else "tail_lr"
-    return {f"{name} x {f:g}": _rate(config, name, f) for f in FACTORS}
+def _floats(config: TrainConfig, head: int, tail: int) -> Changes:
+    """Learning rates."""
+    assert config.head_lr is not None and config.tail_lr is not None
+    changes = {"head_lr": config.head_lr * 2.0**head, "tail_lr": config.tail_lr * 2.0**tail}
+    return {name: value for name, value in changes.items() if value != getattr(config, name)}
 
 
-def _fine(config: TrainConfig) -> dict[str, Changes]:
-    """Joint factors on what the method has."""
-    if config.precision == "int8":
-        return {f"x {f:g}": _density(config, f) for f in FINE}
-    return {f"x {f:g}": _rate(config, "head_lr", f) for f in FINE}
-
-
-def _rate(config: TrainConfig, name: str, factor: float) -> Changes:
-    return {name: getattr(config, name) * factor}
-
-
-def _density(config: TrainConfig, factor: float) -> Changes:
-    """The share of weights that a step moves, times a factor, at most all."""
-    assert config.p_zero is not None
-    return {"p_zero": tuple(round(max(0.0, 1.0 - (1.0 - p) * factor), 6) for p in config.p_zero)}
-
-
-def _bits(config: TrainConfig, shift: int) -> Changes:
-    """Twice the update of the tail for every bit."""
-    assert config.b_bp is not None
-    return {"b_bp": tuple(min(MOST_BITS, max(0, bits + shift)) for bits in config.b_bp)}
+def _integers(config: TrainConfig, head: int, tail: int) -> Changes:
+    """The share of weights that a step moves, at most all, and bits of the tail's update."""
+    assert config.p_zero is not None and config.b_bp is not None
+    changes: Changes = {}
+    if head:
+        moved = [(1.0 - p) * 2.0**head for p in config.p_zero]
+        changes["p_zero"] = tuple(round(max(0.0, 1.0 - share), 6) for share in moved)
+    if tail:
+        changes["b_bp"] = tuple(min(MOST_BITS, max(0, bits + tail)) for bits in config.b_bp)
+    return changes
 
 
 def choose(tried: Mapping[str, Sequence[float]]) -> str:
