@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.config import TrainConfig
+from experiments.int8_config import SCHEDULES
 from experiments.paper.cells import WITH_HEAD
 
 # Powers of 2 of (head's rate, tail's rate); the first is the recipe itself.
@@ -21,7 +22,7 @@ TAIL = ((0, 0), (0, -1), (0, 1), (0, -2), (0, 2))
 FINE_HEAD = ((0, 0), (-1, 0), (1, 0), (-2, 0), (-3, 0))
 FINE_TAIL = ((0, 0), (0, -1), (0, 1), (0, -2), (0, -3))
 FINE_BOTH = ((0, 0), (0, 1), (-2, 1), (-2, 0), (-3, 1))
-MOST_BITS = 7  # of an update of the tail
+LEAST_BITS, MOST_BITS = next((low, high) for name, low, high, _ in SCHEDULES if name == "b_bp")
 
 Changes = dict[str, Any]
 
@@ -63,7 +64,8 @@ def _integers(config: TrainConfig, head: int, tail: int) -> Changes:
         moved = [(1.0 - p) * 2.0**head for p in config.p_zero]
         changes["p_zero"] = tuple(round(max(0.0, 1.0 - share), 6) for share in moved)
     if tail:
-        changes["b_bp"] = tuple(min(MOST_BITS, max(0, bits + tail)) for bits in config.b_bp)
+        bits = [min(MOST_BITS, max(LEAST_BITS, b + tail)) for b in config.b_bp]
+        changes["b_bp"] = tuple(bits)
     return changes
 
 
