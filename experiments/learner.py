@@ -14,7 +14,14 @@ from torch.nn.functional import cross_entropy
 
 from elasticzo import ZOSGD, ElasticZO, TrajectoryLog, pair_losses
 from elasticzo.cut import resolve_cut
-from elasticzo.data import CLOUD_SETS, CloudData, load_clouds, load_images, shuffled
+from elasticzo.data import (
+    CLOUD_SETS,
+    CloudData,
+    load_clouds,
+    load_images,
+    rotate_images,
+    shuffled,
+)
 from experiments.config import TrainConfig
 from experiments.inputs import Samples, float_inputs
 from experiments.resolve import build_model, check_sizes, library_tail
@@ -28,18 +35,22 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 HOLD_OUT_SEED = 0  # every run of every seed keeps the same samples out
 
 
-@lru_cache(maxsize=1)
-def _read(name: str, folder: Path | None, download: bool) -> Samples:
-    """One data set stays in memory: a study reads its files once."""
+@lru_cache(maxsize=4)
+def _read(name: str, folder: Path | None, download: bool, rotate: float | None) -> Samples:
+    """A few data sets stay in memory: a study reads and turns them once."""
     if name in CLOUD_SETS:
         assert folder is not None
         return load_clouds(name, folder)
-    return load_images(name, folder, download)
+    if rotate is None:
+        return load_images(name, folder, download)
+    data = _read(name, folder, download, None)
+    train_x, test_x = rotate_images(data.train_x, rotate), rotate_images(data.test_x, rotate)
+    return replace(data, train_x=train_x, test_x=test_x)
 
 
 def load_data(config: TrainConfig) -> Samples:
     """The data set of a run on its device (images uint8), split as configured."""
-    data = _read(config.data, config.data_dir, config.download)
+    data = _read(config.data, config.data_dir, config.download, config.rotate)
     if config.hold_out:
         data = data.hold_out(config.hold_out, HOLD_OUT_SEED)
     if config.train_images is not None:

@@ -6,6 +6,7 @@ import fnmatch
 import math
 import typing
 from dataclasses import asdict, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 from elasticzo.cut import resolve_cut
 from elasticzo.data import CLOUD_SETS
 from elasticzo.models import LeNet5, PointNet, ResNet20
-from experiments.config import NOT_IDENTITY, TrainConfig
+from experiments.config import NOT_IDENTITY, Data, Model, TrainConfig
 from experiments.inputs import Samples
 from experiments.int8_config import NO_INT8, check_int8, int8_recipe, refuse_int8_fields
 from experiments.recipes import BF16_EPS, EPOCHS, POINTS, RECIPES, TAILS, base_method
@@ -42,6 +43,7 @@ RANGES: tuple[tuple[str, float, float, bool, bool], ...] = (
     ("points", 1, math.inf, True, False),
     ("train_images", 1, math.inf, True, False),
     ("hold_out", 0, math.inf, True, False),
+    ("rotate", -360.0, 360.0, True, True),
     ("threads", 1, math.inf, True, False),
     ("checkpoint_steps", 1, math.inf, True, False),
     ("log_steps", 1, math.inf, True, False),
@@ -114,6 +116,8 @@ def _places(config: TrainConfig, device: torch.device) -> dict[str, Any]:
 def _resolve_int8(config: TrainConfig) -> TrainConfig:
     device, tail = _device(config.device), resolve_tail(config)
     recipe = int8_recipe(config)
+    if config.start_from is not None:
+        recipe["logit_shift"] = 0  # trained logits have their size
     filled = {**recipe, **_places(config, device)}
     filled["batch_norm"] = False if config.model == "pointnet" else None
     filled = {k: v for k, v in filled.items() if getattr(config, k) is None}
@@ -163,6 +167,8 @@ def _check_clouds(config: TrainConfig) -> None:
         raise ValueError(f"model {config.model!r} takes {wanted}, got data {config.data!r}")
     if clouds and config.download:
         raise ValueError(f"data {config.data!r} is not fetched: data_dir must hold its HDF5 files")
+    if clouds and config.rotate is not None:
+        raise ValueError(f"rotate belongs to images, got {config.rotate} with {config.data!r}")
     for name in ("points", "augment", "batch_norm"):
         if not clouds and getattr(config, name) is not None:
             raise ValueError(
@@ -203,9 +209,7 @@ def _scale(
 ) -> dict[str, float]:
     """Scales of the head. The recipe's patterns that this cut leaves nothing to are dropped; the
     user's must match."""
-    with torch.device("meta"):
-        model = build_model(config)
-    head = resolve_cut(model, library_tail(tail)).head_parameters
+    head = _head(config.model, config.data, config.batch_norm, tail)
     if config.precision == "int8":
         head = tuple(name for name in head if name.endswith(".weight"))
     if config.method.startswith("frozen-"):
@@ -222,6 +226,16 @@ def _scale(
             if not 0.0 <= value < math.inf:
                 raise ValueError(f"scale of {pattern!r} must be in [0, inf), got {value}")
     return matched
+
+
+@lru_cache
+def _head(
+    model: Model, data: Data, batch_norm: bool | None, tail: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Parameters before the cut: a study asks a thousand times."""
+    with torch.device("meta"):
+        network = build_model(TrainConfig(model=model, data=data, batch_norm=batch_norm))
+    return resolve_cut(network, library_tail(tail)).head_parameters
 
 
 def _device(name: str) -> torch.device:
@@ -252,6 +266,11 @@ def build_model(config: TrainConfig) -> nn.Module:
             if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
                 nn.init.orthogonal_(module.weight, gain=math.sqrt(2.0))
     return model
+
+
+def last_layer(model: nn.Module) -> nn.Linear | nn.Conv2d:
+    """The layer that makes the logits."""
+    return [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))][-1]
 
 
 def check_sizes(config: TrainConfig, data: Samples) -> None:
@@ -296,6 +315,7 @@ __all__ = [
     "check",
     "check_sizes",
     "identity",
+    "last_layer",
     "library_tail",
     "resolve",
     "resolve_tail",

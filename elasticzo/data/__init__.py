@@ -19,6 +19,7 @@ from elasticzo.data.images import (
     load_mnist,
 )
 from elasticzo.data.order import epoch_order, shuffled
+from elasticzo.data.rotation import rotate_images
 
 __all__ = [
     "CLOUD_SETS",
@@ -38,5 +39,6 @@ __all__ = [
     "load_modelnet10",
     "load_modelnet40",
     "read_idx",
+    "rotate_images",
     "shuffled",
 ]

@@ -45,6 +45,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"data_dir": None}, "data_dir must name their folder"),
     ({"data_dir": Path("/nowhere")}, "train_files.txt is neither in /nowhere"),
     ({"data": "modelnet40"}, "expected the 40 classes of modelnet40, got 10"),
+    ({"rotate": 30.0}, "rotate belongs to images, got 30.0 with 'modelnet10'"),
     ({"download": True}, "data 'modelnet10' is not fetched: data_dir must hold its HDF5 files"),
     ({"batch_size": 41}, r"batch_size must be in \[1, 40\] \(training clouds\), got 41"),
     ({"precision": "int8", "batch_norm": True}, "batch_norm belongs to precision fp32 or bf16"),
@@ -73,7 +74,8 @@ def test_every_default_is_decided(clouds: TrainConfig, method: Any, precision: A
     config = resolve(replace(clouds, method=method, precision=precision, points=None))
     open_fields = {f.name for f in fields(config) if getattr(config, f.name) is None}
     floats = {name for name in FLOAT_ONLY if getattr(TrainConfig(), name) is None}
-    assert open_fields == {"train_images"} | (floats if precision == "int8" else set())
+    given = {"train_images", "rotate", "start_from"}
+    assert open_fields == given | (floats if precision == "int8" else set())
     assert resolve(config) == config
     assert config.points == 1024 and config.augment is not None
     given = replace(clouds, method=method, precision=precision, points=1024)
