@@ -33,7 +33,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"r_max": ()}, "r_max must have at least one value, got none"),
     ({"p_zero": (1.0,)}, r"p_zero must be in \[0, 1\), got 1.0"),
     ({"b_zo": (32,)}, r"b_zo must be in \[0, 31\], got 32"),
-    ({"b_bp": (8,)}, r"b_bp must be in \[0, 7\], got 8"),
+    ({"b_bp": (8,)}, r"b_bp must be in \[-8, 7\], got 8"),
     ({"fraction_bits": 17}, r"fraction_bits must be in \[0, 16\], got 17"),
     ({"logit_shift": -1}, r"logit_shift must be in \[0, 16\], got -1"),
     ({"scale": {"fc3.*": 1.0}}, r"scale must match parameters of the head \(conv1.weight, conv2"),
