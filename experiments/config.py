@@ -123,7 +123,8 @@ class TrainConfig:
     b_zo: tuple[int, ...] | None = None
     """int8: bits of an update of the head, in [0, 31]; several as for r_max."""
     b_bp: tuple[int, ...] | None = None
-    """int8: bits of an update of the tail, in [0, 7]; several as for r_max."""
+    """int8: bits of an update of the tail, in [-8, 7]; several as for r_max. Below 0 a weight moves
+    by one unit at the most, and not always."""
     logit_shift: int | None = None
     """int8: the last layer's first weights are divided by 2 to this power, in [0, 16]."""
     loss: Literal["integer", "float"] | None = None

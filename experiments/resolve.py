@@ -90,7 +90,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
         **_places(config, device),
     }
     filled = {k: v for k, v in filled.items() if getattr(config, k) is None}
-    filled |= {
+    config = replace(config, **filled)
+    filled = {
         "tail": tail,
         "scale": _scale(config, tail, dict(recipe.scale)),
         "tail_optimizer": optimizer,
@@ -121,7 +122,8 @@ def _resolve_int8(config: TrainConfig) -> TrainConfig:
     filled = {**recipe, **_places(config, device)}
     filled["batch_norm"] = False if config.model == "pointnet" else None
     filled = {k: v for k, v in filled.items() if getattr(config, k) is None}
-    filled |= {
+    config = replace(config, **filled)
+    filled = {
         "tail": tail,
         "scale": _scale(config, tail, recipe["scale"]),
         "device": str(device),
