@@ -44,9 +44,13 @@ class Cut:
         """The outermost modules of the tail, for people: "fc2, fc3", "all" or "none"."""
         if self.everything:
             return "all"
-        inner = {name for name in self.tail_modules if name.rpartition(".")[0] in self.tail_modules}
-        owners = {name.rpartition(".")[0] for name in self.tail_parameters}
-        return ", ".join(sorted(self.tail_modules - inner)) if owners else "none"
+        found: dict[str, None] = {}
+        for parameter in self.tail_parameters:
+            name = parameter.rpartition(".")[0]
+            while name.rpartition(".")[0] in self.tail_modules:
+                name = name.rpartition(".")[0]
+            found[name] = None
+        return ", ".join(found) or "none"
 
 
 def resolve_cut(model: nn.Module, tail: Tail) -> Cut:
