@@ -144,7 +144,7 @@ def megabytes(count: int) -> str:
 def table(config: PlanConfig, plan: Plan) -> Table:
     """A line a cut."""
     net = NETWORKS[config.model][0]()
-    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    shown = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("C", "BP trains", "parameters", "peak MB", "+ %", "static MB", "+ %", ""):
         justify: Any = "left" if name in ("BP trains", "") else "right"
         shown.add_column(name, justify=justify, no_wrap=name != "BP trains")
@@ -176,7 +176,7 @@ def table(config: PlanConfig, plan: Plan) -> Table:
 def _short(named: str) -> str:
     """The first of many names."""
     names = named.split(", ")
-    return named if len(names) < 3 else f"{names[0]} and on"
+    return named if len(names) < 3 else f"{names[0]} ..."
 
 
 def _over(this: int, that: int | None) -> str:
