@@ -13,6 +13,7 @@ fragments), temporaries of an optimiser that is not fused, and of noise that is 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -110,6 +111,7 @@ def step_memory(
 ) -> StepMemory:
     """Two steps of a wrapped model without memory."""
     tracker.note((list(twin.parameters()), list(twin.buffers())), "weights")
+    tracker.note(list(vars(twin).values()))  # key, eps, flags
     given, wanted = (
         without_memory(as_tuple(tree), fake, tracker.device) for tree in (inputs, targets)
     )
@@ -229,9 +231,14 @@ def as_tuple(tree: Any) -> tuple[Any, ...]:
 
 @contextmanager
 def values_absent() -> Iterator[None]:
-    """Says what is meant where a forward asks a tensor without memory for its value."""
+    """Says what is meant where a forward asks a tensor without memory for its value.
+
+    What a model is warned of it is warned of when it runs.
+    """
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ValueError(
             "the memory of this model cannot be predicted: its forward depends on values of "
