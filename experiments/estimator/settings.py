@@ -73,22 +73,22 @@ class Sizes:
 
 
 REDUCED = Sizes(
-    train_images=640,
+    train_images=128,
     epochs=1,
-    hold_out=200,
+    hold_out=100,
     batch=32,
-    directions=16,
+    directions=8,
     queries=(1, 4),
-    noise_directions=8,
+    noise_directions=4,
     noise_queries=(1, 4),
-    pass_images=128,
+    pass_images=64,
     passes_queries=(1, 2),
     lr_factors=(1.0, 2.0),
     slopes=4,
-    epss=(1e-5, 1e-3, 1e-1),
+    epss=(1e-5, 1e-1),
     run_epss=(1e-3,),
-    tail_batches=3,
-    population=200,
+    tail_batches=2,
+    population=100,
 )
 
 
