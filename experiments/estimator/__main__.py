@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 
@@ -64,6 +65,7 @@ def run(bench: Bench) -> Path:
         summary = {
             "command": f"{COMMAND} --data {config.data} --data-dir DIR",
             "reduced": config.reduced,
+            "sizes": asdict(bench.sizes),
             "short_runs": {m: without_places(bench.short(m)) for m in ("full-zo", "cls2", "cls1")},
             "sections": {known: sections[known] for known in RUN if known in sections},
         }

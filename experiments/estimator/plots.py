@@ -60,9 +60,9 @@ def draw_cosine(path: Path, title: str, result: Result) -> None:
     figure, panels = _panels(plt, heads)
     for method, state, axes in panels:
         own = _pick(heads, method=method, state=state)
-        for color, variant in zip(COLORS, _values(own, "variant"), strict=False):
+        for i, (color, variant) in enumerate(zip(COLORS, _values(own, "variant"), strict=False)):
             line = _pick(own, variant=variant)
-            qs = [row["queries"] for row in line]
+            qs = [row["queries"] * 1.12 ** (i - 1) for row in line]  # side by side
             _error_bars(axes, qs, line, fmt="o", color=color, label=variant)
             axes.plot(qs, [row["theory"] for row in line], "--", color=color, linewidth=1)
         axes.set(xscale="log", yscale="log", ylim=(1e-4, 1))

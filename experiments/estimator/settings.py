@@ -57,7 +57,7 @@ class Sizes:
     train_images: int = 12_800
     epochs: int = 2
     hold_out: int = 5_000
-    batch: int = 64
+    batch: int = 32
     directions: int = 1024
     queries: tuple[int, ...] = (1, 4, 16, 64, 256)
     noise_directions: int = 512
