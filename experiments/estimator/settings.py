@@ -62,9 +62,9 @@ class Sizes:
     queries: tuple[int, ...] = (1, 4, 16, 64, 256)
     noise_directions: int = 512
     noise_queries: tuple[int, ...] = (1, 4, 16, 64)
-    pass_images: int = 4_800
+    pass_images: int = 4_000
     passes_queries: tuple[int, ...] = (1, 4, 16)
-    lr_factors: tuple[float, ...] = (0.5, 1.0, 2.0)
+    lr_factors: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
     slopes: int = 64
     epss: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
     run_epss: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
