@@ -90,6 +90,12 @@ class TrainConfig:
     """Train on the first so many images only, >= batch_size. Default: all."""
     hold_out: int = 0
     """Test on so many training images that are kept out of training, in place of the test set."""
+    rotate: float | None = None
+    """Degrees, counter-clockwise, in [-360, 360]: all images, training and test, turned by this one
+    angle (bilinear, once). Default: as they are."""
+    start_from: Path | None = None
+    """Fine-tuning: folder of a finished run whose last weights are the first ones here. Of the same
+    model and precision; int8 also takes an fp32 run, converted without its biases."""
 
     device: str = "auto"
     """auto (cuda where there is one), cpu, cuda or cuda:<n>."""

@@ -14,7 +14,7 @@ SCHEDULES = (
     ("r_max", 1, 127, True),
     ("p_zero", 0, 1, False),
     ("b_zo", 0, 31, True),
-    ("b_bp", 0, 7, True),
+    ("b_bp", -8, 7, True),
 )
 NUMBERS = (("logit_shift", 0, 16), ("fraction_bits", 0, 16))
 # What these fields are in a resolved configuration of another precision.

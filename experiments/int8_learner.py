@@ -15,7 +15,7 @@ from elasticzo.data import ImageData
 from elasticzo.int8 import ElasticZOInt8, Int8Tensor, Int8TrajectoryLog, Int8ZO, quantize
 from experiments.config import TrainConfig
 from experiments.learner import TEST_BATCH, BatchOrder
-from experiments.resolve import build_model, library_tail
+from experiments.resolve import build_model, last_layer, library_tail
 
 
 def build_int8_network(config: TrainConfig) -> ElasticZOInt8:
@@ -24,9 +24,8 @@ def build_int8_network(config: TrainConfig) -> ElasticZOInt8:
     assert config.tail is not None and config.r_max is not None and config.p_zero is not None
     assert config.logit_shift is not None and config.fraction_bits is not None
     net = build_model(config.model, config.init)
-    last = [m for m in net.modules() if isinstance(m, (nn.Linear, nn.Conv2d))][-1]
     with torch.no_grad():
-        last.weight.mul_(2.0**-config.logit_shift)
+        last_layer(net).weight.mul_(2.0**-config.logit_shift)
     tail = library_tail(config.tail)
     if config.method.startswith("frozen-"):
         frozen = resolve_cut(net, tail).head_parameters

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from elasticzo import ZOSGD, ElasticZO, TrajectoryLog, pair_losses
 from elasticzo.cut import resolve_cut
-from elasticzo.data import ImageData, epoch_order, load_images
+from elasticzo.data import ImageData, epoch_order, load_images, rotate_images
 from experiments.config import TrainConfig
 from experiments.resolve import build_model, check_sizes, library_tail
 from experiments.schedules import factor
@@ -29,15 +29,19 @@ HOLD_OUT_SEED = 0  # every run of every seed keeps the same images out
 TEST_BATCH = 1000
 
 
-@lru_cache(maxsize=1)
-def _read(name: str, folder: Path | None, download: bool) -> ImageData:
-    """One image set stays in memory: a study reads its files once."""
-    return load_images(name, folder, download)
+@lru_cache(maxsize=4)
+def _read(name: str, folder: Path | None, download: bool, rotate: float | None) -> ImageData:
+    """A few image sets stay in memory: a study reads and turns them once."""
+    if rotate is None:
+        return load_images(name, folder, download)
+    data = _read(name, folder, download, None)
+    train_x, test_x = rotate_images(data.train_x, rotate), rotate_images(data.test_x, rotate)
+    return replace(data, train_x=train_x, test_x=test_x)
 
 
 def load_data(config: TrainConfig) -> ImageData:
     """The image set of a run on its device, uint8, split as configured."""
-    data = _read(config.data, config.data_dir, config.download)
+    data = _read(config.data, config.data_dir, config.download, config.rotate)
     if config.hold_out:
         data = data.hold_out(config.hold_out, HOLD_OUT_SEED)
     if config.train_images is not None:

@@ -6,6 +6,7 @@ import fnmatch
 import math
 import typing
 from dataclasses import asdict, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ RANGES: tuple[tuple[str, float, float, bool, bool], ...] = (
     ("seed", 0, 2**63 - 1, True, True),
     ("train_images", 1, math.inf, True, False),
     ("hold_out", 0, math.inf, True, False),
+    ("rotate", -360.0, 360.0, True, True),
     ("threads", 1, math.inf, True, False),
     ("checkpoint_steps", 1, math.inf, True, False),
     ("log_steps", 1, math.inf, True, False),
@@ -108,6 +110,8 @@ def _places(config: TrainConfig, device: torch.device) -> dict[str, Any]:
 def _resolve_int8(config: TrainConfig) -> TrainConfig:
     device, tail = _device(config.device), resolve_tail(config)
     recipe = int8_recipe(config)
+    if config.start_from is not None:
+        recipe["logit_shift"] = 0  # trained logits have their size
     filled = {**recipe, **_places(config, device)}
     filled = {k: v for k, v in filled.items() if getattr(config, k) is None}
     filled |= {
@@ -179,9 +183,7 @@ def _scale(
 ) -> dict[str, float]:
     """Scales of the head. The recipe's patterns that this cut leaves nothing to are dropped; the
     user's must match."""
-    with torch.device("meta"):
-        model = build_model(config.model)
-    head = resolve_cut(model, library_tail(tail)).head_parameters
+    head = _head(config.model, tail)
     if config.precision == "int8":
         head = tuple(name for name in head if name.endswith(".weight"))
     if config.method.startswith("frozen-"):
@@ -198,6 +200,14 @@ def _scale(
             if not 0.0 <= value < math.inf:
                 raise ValueError(f"scale of {pattern!r} must be in [0, inf), got {value}")
     return matched
+
+
+@lru_cache
+def _head(model: str, tail: tuple[str, ...]) -> tuple[str, ...]:
+    """Parameters before the cut: a study asks a thousand times."""
+    with torch.device("meta"):
+        network = build_model(model)
+    return resolve_cut(network, library_tail(tail)).head_parameters
 
 
 def _device(name: str) -> torch.device:
@@ -222,6 +232,11 @@ def build_model(name: str, init: str | None = None) -> nn.Module:
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.orthogonal_(module.weight, gain=math.sqrt(2.0))
     return model
+
+
+def last_layer(model: nn.Module) -> nn.Linear | nn.Conv2d:
+    """The layer that makes the logits."""
+    return [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))][-1]
 
 
 def check_sizes(config: TrainConfig, data: ImageData) -> None:
@@ -261,6 +276,7 @@ __all__ = [
     "check",
     "check_sizes",
     "identity",
+    "last_layer",
     "library_tail",
     "resolve",
     "resolve_tail",

@@ -94,8 +94,11 @@ def run_all(
 
 
 def without_places(config: TrainConfig) -> dict[str, Any]:
-    """The configuration as a committed result states it."""
-    return {k: v for k, v in as_json(config).items() if k not in PLACES}
+    """The configuration as a committed result states it; of another run the folder's name."""
+    plain = {k: v for k, v in as_json(config).items() if k not in PLACES}
+    if config.start_from is not None:
+        plain["start_from"] = config.start_from.name
+    return plain
 
 
 __all__ = ["bar", "in_own_folder", "run_all", "without_places"]

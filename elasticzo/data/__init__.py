@@ -11,6 +11,7 @@ from elasticzo.data.images import (
     load_mnist,
 )
 from elasticzo.data.order import epoch_order
+from elasticzo.data.rotation import rotate_images
 
 __all__ = [
     "IMAGE_SETS",
@@ -24,4 +25,5 @@ __all__ = [
     "load_images",
     "load_mnist",
     "read_idx",
+    "rotate_images",
 ]

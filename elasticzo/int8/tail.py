@@ -12,7 +12,7 @@ from zo_kernels._int8 import LIMIT, ROUNDINGS
 if TYPE_CHECKING:
     from elasticzo.int8.wrapper import ElasticZOInt8
 
-MAX_BITS = 7
+MIN_BITS, MAX_BITS = -8, 7
 
 
 class Int8Tail:
@@ -38,8 +38,8 @@ class Int8Tail:
 
     @b_bp.setter
     def b_bp(self, value: int) -> None:
-        if not (isinstance(value, int) and 0 <= value <= MAX_BITS):
-            raise ValueError(f"b_bp must be an integer in [0, {MAX_BITS}], got {value!r}")
+        if not (isinstance(value, int) and MIN_BITS <= value <= MAX_BITS):
+            raise ValueError(f"b_bp must be an integer in [{MIN_BITS}, {MAX_BITS}], got {value!r}")
         self._b_bp = value
 
     def step(self) -> None:

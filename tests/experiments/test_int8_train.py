@@ -55,7 +55,7 @@ def test_every_default_is_decided(method: Any) -> None:
     config = resolve(TrainConfig(method=method, precision="int8", device="cpu"))
     open_fields = {f.name for f in fields(config) if getattr(config, f.name) is None}
     floats = {name for name in FLOAT_ONLY if getattr(TrainConfig(), name) is None}
-    assert open_fields == {"data_dir", "train_images"} | floats
+    assert open_fields == {"data_dir", "train_images", "rotate", "start_from"} | floats
     assert resolve(config) == config
     model = build_int8_network(config)
     assert bool(list(model.head_parameters())) == (method in ("full-zo", "cls2", "cls1"))

@@ -92,7 +92,7 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_default_is_decided(model: Any, method: Any) -> None:
     config = resolve(TrainConfig(model=model, method=method, device="cpu"))
     open_fields = {f.name for f in fields(config) if getattr(config, f.name) is None}
-    assert open_fields == {"data_dir", "train_images"}
+    assert open_fields == {"data_dir", "train_images", "rotate", "start_from"}
     assert resolve(config) == config
     network = build_network(config)
     head = {name for name, _ in network.named_head_parameters()}
