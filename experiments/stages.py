@@ -2,17 +2,20 @@
 
 `watched` takes over, for the time of a measurement, what the step calls: the model's forward and
 backward, the losses, the optimisers' steps, and inside the forward the ops that write perturbed
-weights (`perturbed_weights` and `stage_` of `zo_kernels`; for int8 on the CPU the function of the
-products that makes `clip(w +- z)`). A stage is exclusive: the noise is not counted as forward.
-What is made inside a kernel (fused layers on CUDA) cannot be told apart and stays in the forward.
+weights (`perturbed_weights` and `stage_` of `zo_kernels`; for int8 on the CPU the function inside
+the products that makes `clip(w +- z)`, and packs it where that is one sweep). A stage is exclusive:
+the noise is not counted as forward. What is made inside a kernel (fused layers on CUDA) cannot be
+told apart and stays in the forward.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -31,8 +34,18 @@ def _always(*args: Any, **kwargs: Any) -> bool:
     return True
 
 
-def _perturbs(w: Any, noise: Any) -> bool:
-    return noise.key is not None  # without one the halves are the weight itself
+def _perturbs(*args: Any) -> bool:
+    return any(getattr(a, "key", None) is not None for a in args)  # else it is the weight itself
+
+
+def int8_noise() -> tuple[ModuleType, str]:
+    """The function of the int8 products on the CPU that makes `clip(w +- z)`."""
+    products = importlib.import_module("zo_kernels.cpu.int8_products")
+    for name in ("_packed", "_halves"):
+        function = getattr(products, name, None)
+        if function is not None and "noise" in inspect.signature(function).parameters:
+            return products, name
+    raise RuntimeError(f"no function of {products.__name__} makes perturbed weights by themselves")
 
 
 class Stopwatch:
@@ -106,8 +119,7 @@ def targets(learner: Learner | Int8Learner) -> list[Target]:
     if isinstance(learner, Int8Learner):
         found.append((model, "losses", "loss", _always))
         if model.backend == "numba":  # the other backends make the noise inside their products
-            products = importlib.import_module("zo_kernels.cpu.int8_products")
-            found.append((products, "_halves", "noise", _perturbs))
+            found.append((*int8_noise(), "noise", _perturbs))
     else:
         found.append((experiments.learner, "pair_losses", "loss", _always))
         found.append((elasticzo.passes, "perturbed_weights", "noise", _always))
