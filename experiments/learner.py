@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from elasticzo import ZOSGD, ElasticZO, TrajectoryLog, pair_losses

@@ -127,8 +127,7 @@ class Bench:
 
 def batch(learner: Learner, number: int) -> tuple[Tensor, Tensor]:
     """A batch of the run's order, counted from the learner's present step."""
-    chosen = learner.order(learner.step_index + number)
-    return learner.data.normalized(learner.data.train_x[chosen]), learner.data.train_y[chosen]
+    return learner.inputs.train(learner.step_index + number)
 
 
 def variants(learner: Learner) -> dict[str, dict[str, Any]]:

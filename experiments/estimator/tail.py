@@ -49,8 +49,8 @@ def compared(bench: Bench, learner: Learner) -> list[Result]:
     """Cosines and relative errors of each source over batches, a new z each."""
     model, names = learner.model, [n for n, _ in learner.model.named_tail_parameters()]
     zo = ZOSGD(model, lr=0.0)
-    data, many = learner.data, bench.sizes.population
-    x, y = data.normalized(data.test_x[:many]), data.test_y[:many]
+    part = slice(bench.sizes.population)
+    x, y = learner.inputs.test_x(part), learner.inputs.test_y[part]
     whole = flat(gradient_of(model.module, names, x, y, cross_entropy)[1])
     found: dict[str, dict[str, list[float]]] = {
         source: {"batch": [], "population": [], "error": []} for source in SOURCES
