@@ -26,7 +26,7 @@ from zo_kernels import (
 
 Part = tuple[Tensor, Tensor]  # int32 sums and their exponent, []
 MAX_ROWS = 1 << 17  # 127^2 2^17 < 2^31: rows of a product whose sums fit in int32
-ALIGNED_BITS = 16  # halves are summed in units of 2^-16 of the largest unit among them
+ALIGNED_BITS = 16  # the unit of a sum is at the least 2^-16 of the largest among its parts
 SUM_BITS = 30  # of a sum that is handed on in int32
 
 
@@ -156,13 +156,15 @@ def _spread(layer: Int8Layer, error: Tensor, height: int, width: int) -> Tensor:
 def aligned_sum(parts: Sequence[Part]) -> Tensor:
     """The sum of int32 tensors of different exponents: int32, up to a power of 2.
 
-    Units of the sum are 2^-16 of the largest unit; what is smaller is cut off toward zero, and so
-    is what lies below the 30 highest bits of the result.
+    The unit is the smallest among the parts, but at the least 2^-16 of the largest; what is smaller
+    is cut off toward zero, and so is what lies below the 30 highest bits of the result. A smaller
+    unit would fill the low bits with zeros, by which pseudo-stochastic rounding decides.
     """
     if len(parts) == 1:
         return parts[0][0]
     exponents = torch.stack([e for _, e in parts]).to(torch.int64)
-    shifts = exponents - (exponents.amax() - ALIGNED_BITS)
+    unit = torch.maximum(exponents.amin(), exponents.amax() - ALIGNED_BITS)
+    shifts = exponents - unit
     total = torch.zeros_like(parts[0][0], dtype=torch.int64)
     for i, (g, _) in enumerate(parts):
         total += shifted(g.to(torch.int64), shifts[i])

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elasticzo.state import has_values
+
 LIMIT = 127
 # Of weights and inputs. Exponents of activations are sums of them and of shifts: far within int32.
 MIN_EXPONENT, MAX_EXPONENT = -64, 64
@@ -60,7 +62,7 @@ def ceil_log2(value: float) -> int:
     return exponent - 1 if mantissa == 0.5 else exponent
 
 
-def quantize(x: Tensor) -> Int8Tensor:
+def quantize(x: Tensor, exponent: int | None = None) -> Int8Tensor:
     """Convert inputs once, before training: `q = round(x 2^(7 - b))`, exponent `b - 7`.
 
     `b = ceil(log2 max|x|)`, 0 for all zeros; one exponent for the whole tensor, so a data set is
@@ -68,6 +70,8 @@ def quantize(x: Tensor) -> Int8Tensor:
 
     Args:
         x: any shape, floating or uint8.
+        exponent: in place of `b - 7`, for what has to match another tensor; values beyond its
+            range are clipped, and nothing waits for the device.
     Returns: q int8 like x, exponent `[]` int32.
     Raises: ValueError for values that are not finite, or beyond exponents of [-64, 64].
     Source: NITI (arXiv:2009.13108).
@@ -76,14 +80,14 @@ def quantize(x: Tensor) -> Int8Tensor:
         raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
     if not (x.is_floating_point() or x.dtype == torch.uint8):
         raise TypeError(f"x must be floating or uint8, got {x.dtype}")
-    largest = float(x.abs().max()) if x.numel() else 0.0
-    if not math.isfinite(largest):
-        raise ValueError("x must be finite")
-    b = ceil_log2(largest)
-    check_range("the exponent of x", b - 7)
-    shift = torch.tensor(float(7 - b), dtype=torch.float64, device=x.device)
-    q = torch.round(x.double() * torch.exp2(shift)).clamp(-LIMIT, LIMIT).to(torch.int8)
-    return Int8Tensor(q, torch.tensor(b - 7, dtype=torch.int32, device=x.device))
+    if exponent is None:
+        largest = float(x.abs().max()) if x.numel() else 0.0
+        if not math.isfinite(largest):
+            raise ValueError("x must be finite")
+        exponent = ceil_log2(largest) - 7
+    check_range("the exponent of x", exponent)
+    q = torch.round(x.double() * 2.0**-exponent).clamp(-LIMIT, LIMIT).to(torch.int8)
+    return Int8Tensor(q, torch.tensor(exponent, dtype=torch.int32, device=x.device))
 
 
 def quantize_weight(w: Tensor) -> Int8Tensor:
@@ -123,7 +127,7 @@ def check_input(x: Any, device: torch.device) -> None:
         raise ValueError(f"x must be on {device}, got {x.q.device} and {x.exponent.device}")
     if x.q.ndim < 2 or len(x.q) == 0:
         raise ValueError(f"x must have shape [B, ...], B > 0, got {list(x.q.shape)}")
-    if device.type == "cpu":
+    if device.type == "cpu" and has_values(x.q):
         check_range("the exponent of x", int(x.exponent))
         if x.q.numel() and int(x.q.amin()) < -LIMIT:
             raise ValueError("q of x must be in [-127, 127], got -128")
