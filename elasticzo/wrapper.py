@@ -13,7 +13,7 @@ from elasticzo.cut import Tail, resolve_cut
 from elasticzo.deferred import Deferred, flush_others
 from elasticzo.distributed import refuse_sharded, refuse_wrapped
 from elasticzo.engine import UsesGenerator, each_half, run_stacked, taken_over
-from elasticzo.losses import check_losses, select_source
+from elasticzo.losses import all_finite, check_losses, select_source
 from elasticzo.passes import SMALL, Pass
 from elasticzo.plan import build_plan
 from elasticzo.precision import parse_compute_dtype
@@ -309,11 +309,11 @@ class ElasticZO(nn.Module):
 
     # ---- losses and the tail
 
-    def backward(self, losses: Tensor, source: str = "mean") -> None:
-        """Backpropagate the "mean" of the losses `[2Q]` ("plus" / "minus": of those halves) into
-        the tail, and note on the device whether a loss is not finite."""
+    def backward(self, losses: Tensor, source: str | Tensor = "mean") -> None:
+        """Backpropagate the "mean" of the losses `[2Q]` ("plus" / "minus": of those halves), or the
+        scalar loss of a `clean_forward`, into the tail; note on the device what is not finite."""
         check_losses(losses, self.halves)
-        finite = torch.isfinite(losses.detach()).all()
+        finite = all_finite(losses, source)
         self._found.copy_(torch.maximum(self._found, (~finite).to(torch.float32)))
         self._gated = True
         if not self.cut.tail_parameters:

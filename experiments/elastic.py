@@ -87,7 +87,7 @@ def configurations(study: ElasticConfig) -> dict[Key, TrainConfig]:
         if getattr(study, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(study, name)}")
     with torch.device("meta"):
-        all_cuts = cuts(build_model(study.model))
+        all_cuts = cuts(build_model(TrainConfig(model=study.model)))
     layers = len(all_cuts) - 1
     kept = [(c, tail) for c, tail in all_cuts if c % study.every == 0 or c == layers]
     runs: dict[Key, TrainConfig] = {}
@@ -115,7 +115,7 @@ def memory_of(config: TrainConfig) -> dict[str, Any]:
     """Measured and predicted peak of a training step, and the predicted one of a plain pass."""
     learner = Learner(config, load_data(config))
     momentum = config.tail_optimizer == "sgd"
-    x, _ = learner._batch()
+    x, _ = learner.inputs.train(0)
     predicted = training_memory(learner.model, x, state_tensors=1 if momentum else 2).peak
     del learner
     measured = measure_step(config)
@@ -199,7 +199,7 @@ def write_results(
     first, any_result = next(iter(runs.values())), next(iter(results.values()))
     path = study.results / f"elastic_{first.data.replace('-', '_')}_{study.model}"
     learner = Learner(first, load_data(first))
-    plain = inference_memory(learner.model, learner._batch()[0])
+    plain = inference_memory(learner.model, learner.inputs.train(0)[0])
     summary = {
         "command": command(study, first.data),
         "reduced": study.reduced,

@@ -14,7 +14,7 @@ SCHEDULES = (
     ("r_max", 1, 127, True),
     ("p_zero", 0, 1, False),
     ("b_zo", 0, 31, True),
-    ("b_bp", 0, 7, True),
+    ("b_bp", -8, 7, True),
 )
 NUMBERS = (("logit_shift", 0, 16), ("fraction_bits", 0, 16))
 # What these fields are in a resolved configuration of another precision.
@@ -47,11 +47,15 @@ def check_int8(config: TrainConfig) -> None:
     if config.model not in INT8_RECIPES:
         known = ", ".join(INT8_RECIPES)
         raise ValueError(f"precision int8 takes model {known}, got {config.model!r}")
+    if config.batch_norm:
+        raise ValueError("batch_norm belongs to precision fp32 or bf16, got True with int8")
     for name in FLOAT_ONLY:
         if getattr(config, name):
             raise ValueError(
                 f"{name} belongs to precision fp32 or bf16, got {getattr(config, name)} with int8"
             )
+    if config.tail_source == "clean":
+        raise ValueError("tail_source must be plus, minus or mean with int8, got 'clean'")
     for name, low, high, with_high in SCHEDULES:
         values = getattr(config, name)
         if values is None:

@@ -4,9 +4,8 @@ A step of ElasticZO-INT8 uses the sign of L+ - L- alone. For pairs of int8 logit
 sign of the integer cross-entropy, with F fractional bits, to that of float64's cross-entropy on the
 same logits: opposite signs are wrong, zeros where float64 has a sign are lost steps.
 
-The logits are synthetic (normal, several exponents, the - half the + half changed by a few units),
-or recorded ones: `--recorded FILE`, an npz with `logits` [N, 2, B, C] int8, `exponent` [N, 2] int32
-and `target` [N, B] int64, one row for each step of a run.
+The logits are synthetic: normal, several exponents, the - half the + half changed by a few units.
+`experiments.integer_signs` does the same with every step of real runs.
 """
 
 from __future__ import annotations
@@ -48,8 +47,6 @@ class Config:
     """Largest change of a logit from the + to the - half, in units of int8."""
     seed: int = 0
     """Of the synthetic logits."""
-    recorded: Path | None = None
-    """An npz file of recorded logits, instead of synthetic ones."""
     out: Path = RESULTS / "integer_loss.json"
     """The file to write."""
 
@@ -130,21 +127,11 @@ def synthetic_rows(config: Config) -> list[dict[str, Any]]:
     return rows
 
 
-def recorded_row(path: Path, fraction_bits: Sequence[int]) -> dict[str, Any]:
-    """The sign errors of a run's recorded logits."""
-    with np.load(path) as file:
-        arrays = [torch.from_numpy(file[name]) for name in ("logits", "exponent", "target")]
-    logits, exponent, target = arrays
-    steps, _, batch, classes = logits.shape
-    shape = {"steps": steps, "batch": batch, "classes": classes}
-    return shape | {"fraction_bits": sign_errors(logits, exponent, target, fraction_bits)}
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """A line for each kind of logits: wrong and zero signs in % by F."""
+def table(rows: Sequence[dict[str, Any]], but: Sequence[str] = ()) -> str:
+    """A line for each row, without the fields `but`: wrong and zero signs in % by F."""
     lines = []
     for row in rows:
-        names = [f"{k}={v}" for k, v in row.items() if k != "fraction_bits"]
+        names = [f"{k}={v}" for k, v in row.items() if k not in ("fraction_bits", *but)]
         values = [
             f"F={f}: {100 * e['wrong']:.2f} / {100 * e['zero']:.2f}"
             for f, e in row["fraction_bits"].items()
@@ -154,22 +141,17 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main(config: Config) -> None:
-    command = "python -m experiments.integer_loss"
-    if config.recorded is None:
-        rows = synthetic_rows(config)
-        about: dict[str, Any] = {"logits": f"normal, standard deviation {SPREAD} units of int8"}
-        about |= {"classes": CLASSES, "trials": config.trials, "seed": config.seed}
-    else:
-        rows = [recorded_row(config.recorded, config.fraction_bits)]
-        command += " --recorded FILE"
-        about = {"logits": config.recorded.name}
+    rows = synthetic_rows(config)
     print("wrong / zero signs, % of steps\n" + table(rows))
     written = {
-        "command": command,
+        "command": "python -m experiments.integer_loss",
         "commit": commit(),
         "versions": versions(),
         "hardware": hardware(torch.device("cpu")),
-        **about,
+        "logits": f"normal, standard deviation {SPREAD} units of int8",
+        "classes": CLASSES,
+        "trials": config.trials,
+        "seed": config.seed,
         "rows": rows,
     }
     write_json(config.out, written)

@@ -22,6 +22,7 @@ from experiments.learner import Learner, load_data
 from experiments.plots import draw_curves
 from experiments.report import Reporter
 from experiments.resolve import as_json, identity, resolve
+from experiments.start import first_weights
 
 
 class Interrupted(Exception):
@@ -102,6 +103,8 @@ class Run:
         self.learner.probe()
         if self.folder.state is not None:
             self._go_on(self.folder.state)
+        elif self.config.start_from is not None:
+            self.learner.model.load_state_dict(first_weights(self.config))
         self.folder.start(self._description())
         try:
             return self._train()
@@ -157,6 +160,8 @@ class Run:
         self._interval = (learner.step_index, self.seconds)
         self.reporter.start(self.title, learner.step_index, learner.steps)
         with StopSignals() as stop:
+            if config.start_from is not None and learner.step_index == 0:
+                self._log_test(0, None)
             started = time.perf_counter()
             while learner.step_index < learner.steps:
                 learner.step()
@@ -204,21 +209,24 @@ class Run:
     def _test(self, epoch: int, last: bool) -> None:
         if epoch % self.config.eval_epochs and not last:
             return
-        assert self.config.epochs is not None
-        accuracy, loss = self.learner.evaluate()
         # Of the whole last batch, not since the last line: that sum belongs to the log.
         train_loss = float(self.learner.losses.mean())
+        self._log_test(epoch, train_loss if train_loss == train_loss else None)
+
+    def _log_test(self, epoch: int, train_loss: float | None) -> None:
+        accuracy, loss = self.learner.evaluate()
         line: dict[str, Any] = {
             "kind": "test",
             "step": self.learner.step_index,
             "epoch": epoch,
             "test_accuracy": accuracy,
             "test_loss": loss,
-            "train_loss": train_loss if train_loss == train_loss else None,
+            "train_loss": train_loss,
             "seconds": round(self.seconds, 4),
         }
         self.folder.log(line)
         self._curve(line["step"], {k: line[k] for k in ("test_accuracy", "test_loss")})
+        assert self.config.epochs is not None
         self.reporter.test(line, self.config.epochs)
 
     def _curve(self, step: int, values: dict[str, Any]) -> None:
@@ -244,6 +252,7 @@ class Run:
             **self._description(),
             "test_accuracy": tests[-1]["test_accuracy"],
             "test_loss": tests[-1]["test_loss"],
+            "start_accuracy": tests[0]["test_accuracy"] if tests[0]["step"] == 0 else None,
             "best_test_accuracy": max(line["test_accuracy"] for line in tests),
             "steps": self.learner.steps,
             "skipped": self.learner.skipped,

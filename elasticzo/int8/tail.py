@@ -12,7 +12,7 @@ from zo_kernels._int8 import LIMIT, ROUNDINGS
 if TYPE_CHECKING:
     from elasticzo.int8.wrapper import ElasticZOInt8
 
-MAX_BITS = 7
+MIN_BITS, MAX_BITS = -8, 7
 
 
 class Int8Tail:
@@ -20,7 +20,8 @@ class Int8Tail:
 
     Args:
         model: whose tail it trains.
-        b_bp: bits of an update, in [0, 7]; they play the learning rate. May change at any time.
+        b_bp: bits of an update, in [-8, 7]; they play the learning rate. May change at any time.
+            Below 0 (not in NITI) even the largest gradient moves its weight only at times.
         rounding: R: "pseudo", "nearest" or "stochastic".
     Source: NITI (arXiv:2009.13108).
     """
@@ -38,8 +39,8 @@ class Int8Tail:
 
     @b_bp.setter
     def b_bp(self, value: int) -> None:
-        if not (isinstance(value, int) and 0 <= value <= MAX_BITS):
-            raise ValueError(f"b_bp must be an integer in [0, {MAX_BITS}], got {value!r}")
+        if not (isinstance(value, int) and MIN_BITS <= value <= MAX_BITS):
+            raise ValueError(f"b_bp must be an integer in [{MIN_BITS}, {MAX_BITS}], got {value!r}")
         self._b_bp = value
 
     def step(self) -> None:

@@ -156,6 +156,8 @@ def test_backward_checks_losses_and_source() -> None:
         model.backward([1.0, 2.0])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"source must be one of .* got 'both'"):
         model.backward(losses, source="both")
+    with pytest.raises(ValueError, match=r"clean pass must be a scalar, got \[1\]"):
+        model.backward(losses, pair_losses(F.cross_entropy, model.clean_forward(X), Y))
     with pytest.raises(ValueError, match="no gradient to the tail"):
         model.backward(losses.detach())
 

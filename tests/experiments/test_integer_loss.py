@@ -1,14 +1,14 @@
-"""The study of the integer loss: its comparison, its synthetic and recorded logits."""
+"""The studies of the integer loss: its comparison, synthetic logits, real runs."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
+from experiments import integer_signs
 from experiments.integer_loss import Config, float_losses, main, sign_errors, synthetic
 
 
@@ -46,8 +46,22 @@ def test_command(tmp_path: Path) -> None:
     main(Config(out=out, fraction_bits=(0, 12), **small))  # type: ignore[arg-type]
     written = json.loads(out.read_text())
     assert len(written["rows"]) == 2 and set(written["rows"][0]["fraction_bits"]) == {"0", "12"}
-    logits, exponent, target = (t.numpy() for t in synthetic(4, 6, -4, 2, False, 2))
-    np.savez(tmp_path / "run.npz", logits=logits, exponent=exponent, target=target)
-    main(Config(out=out, recorded=tmp_path / "run.npz", fraction_bits=(8,)))
+
+
+def test_signs_of_real_runs(tmp_path: Path) -> None:
+    out = tmp_path / "signs.json"
+    study = integer_signs.Config(
+        data=("digits",), methods=("cls2",), batches=(32,), epochs=1, fraction_bits=(0, 12), out=out
+    )
+    assert integer_signs.main(study) == 0
     written = json.loads(out.read_text())
-    assert written["logits"] == "run.npz" and written["rows"][0]["steps"] == 4
+    (row,) = written["rows"]
+    assert row["steps"] == 44 and row["fraction_bits"]["0"]["differ"] > 0.1
+    assert row["fraction_bits"]["12"]["differ"] == 0 and written["smallest_fraction_bits"] == 12
+    assert set(row["cost_us"]) == {"0", "12", "float64"} and min(row["cost_us"].values()) > 0
+
+
+def test_methods_without_a_sign_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    study = integer_signs.Config(data=("digits",), methods=("full-bp",), batches=(32,))
+    assert integer_signs.main(study) == 2
+    assert "full-bp has no head" in capsys.readouterr().err

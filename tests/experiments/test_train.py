@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from dataclasses import fields, replace
@@ -22,7 +23,7 @@ from experiments.resolve import resolve
 from experiments.schedules import factor
 from experiments.train import main
 from experiments.training import Run
-from tests.experiments.conftest import Start
+from tests.experiments.conftest import OF_CLOUDS, Start
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"method": "cls3"}, "method must be one of full-zo, cls2, .*, got 'cls3'"),
@@ -86,12 +87,12 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     assert "EXPLICIT" not in text
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [m for m in MODELS if m != "pointnet"])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_default_is_decided(model: Any, method: Any) -> None:
     config = resolve(TrainConfig(model=model, method=method, device="cpu"))
     open_fields = {f.name for f in fields(config) if getattr(config, f.name) is None}
-    assert open_fields == {"data_dir", "train_images"}
+    assert open_fields == {"data_dir", "train_images", "rotate", "start_from", *OF_CLOUDS}
     assert resolve(config) == config
     network = build_network(config)
     head = {name for name, _ in network.named_head_parameters()}
@@ -216,6 +217,19 @@ def test_options_of_the_tail_and_the_head(start: Start) -> None:
     )  # fmt: skip
     assert result["config"]["tail_momentum"] == 0.9 and result["config"]["clip"] == "inf"
     assert result["skipped"] == 0 and result["test_accuracy"] > 10.0
+
+
+def test_a_clean_pass_feeds_the_tail(small: TrainConfig) -> None:
+    config = resolve(replace(small, tail_source="clean", tail_optimizer="sgd", tail_lr=0.1))
+    taught = learner.Learner(config, learner.load_data(config))
+    plain = copy.deepcopy(taught.model.module)
+    x, y = taught._batch()
+    cross_entropy(plain(x), y).backward()  # of the weights before the step, unperturbed
+    rate = taught.rates()[1]
+    taught.step()
+    for name in ("weight", "bias"):
+        before, after = getattr(plain.fc3, name), getattr(taught.model.module.fc3, name)
+        torch.testing.assert_close(after, before - rate * before.grad, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("method", ["full-zo", "cls2", "full-bp"])

@@ -26,7 +26,16 @@ from zo_kernels import (
 from zo_kernels._int8_products import MAX_DEPTH
 
 pytestmark = pytest.mark.usefixtures("poison")
-OPS = ("int8_matmul", "int8_paired_conv1d", "int8_paired_conv2d", "int8_paired_linear")
+OPS = (
+    "int8_conv2d_gradient",
+    "int8_conv2d_max_pool",
+    "int8_matmul",
+    "int8_paired_conv1d",
+    "int8_paired_conv1d_max",
+    "int8_paired_conv2d",
+    "int8_paired_linear",
+    "int8_unpool",
+)
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["separate", "shared"])

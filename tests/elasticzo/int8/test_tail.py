@@ -245,3 +245,11 @@ def test_frozen_head_runs_once() -> None:
         zo = Int8ZO(model, b_zo=1)
         zo.step(model.losses(logits, y))
         assert zo.signs.tolist() == [0]
+
+
+def test_aligned_sum_keeps_the_smallest_unit() -> None:
+    """Zeros shifted in below would make pseudo-stochastic rounding go up always."""
+    plus, minus = (torch.randint(-5000, 5000, (64,), dtype=torch.int32) for _ in range(2))
+    e = torch.tensor(-11, dtype=torch.int32)
+    assert torch.equal(aligned_sum([(plus, e), (minus, e)]), plus + minus)
+    assert torch.equal(aligned_sum([(plus, e + 3), (minus, e)]), 8 * plus + minus)

@@ -1,0 +1,96 @@
+"""How large the study is: which sets, methods and seeds, and how long each run is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from experiments.accuracy import METHODS
+from experiments.config import Data, Method, Model
+from experiments.paper.cells import ARITHMETICS, Arithmetic
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model on a data set, and how long its runs are."""
+
+    data: Data
+    model: Model
+    train: int
+    """Samples of the training set, about: for the estimate of the time left."""
+    epochs: int
+    """Passes of a run of the grid and of the tuning."""
+    batch_size: int = 64
+    hold_out: int = 5_000
+    """Training samples that tuning is tested on."""
+    tune_on: int = 12_800
+    """Training samples that tuning learns from."""
+    rotations: tuple[float, ...] = ()
+    """Angles of the fine-tuning in degrees; it is tuned at the first."""
+    finetune_epochs: int = 1
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Further fields of `TrainConfig` for all runs."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One size of the study."""
+
+    name: str
+    tasks: tuple[Task, ...]
+    seeds: int = 3
+    """Seeds 0 to seeds - 1 of the grid and of the fine-tuning."""
+    tuning_seeds: int = 2
+    """Other seeds, of the tuning."""
+    candidates: int = 5
+    """Settings tried for each method, arithmetic and set, 1 to 5; 1 is no tuning."""
+    methods: tuple[Method, ...] = METHODS
+    arithmetics: tuple[Arithmetic, ...] = ARITHMETICS
+    device: str = "cpu"
+    threads: int | None = 1
+
+    def task(self, data: str) -> Task:
+        return next(task for task in self.tasks if task.data == data)
+
+
+DIGITS = Task(
+    "digits",
+    "lenet5",
+    1_438,
+    epochs=2,
+    batch_size=32,
+    hold_out=200,
+    tune_on=400,
+    rotations=(30.0,),
+)
+MNIST = Task("mnist", "lenet5", 60_000, epochs=6, rotations=(30.0, 45.0))
+FASHION = replace(MNIST, data="fashion-mnist")
+
+
+def _full_length(task: Task) -> Task:
+    return replace(task, epochs=100, finetune_epochs=20, batch_size=256)
+
+
+PRESETS: Mapping[str, Preset] = {
+    "smoke": Preset(
+        "smoke",
+        (DIGITS,),
+        seeds=1,
+        tuning_seeds=1,
+        candidates=2,
+        methods=("full-zo", "frozen-cls2", "cls2", "full-bp"),
+    ),
+    "cpu": Preset("cpu", (MNIST, FASHION), seeds=3, tuning_seeds=1, candidates=3),
+    "gpu": Preset(
+        "gpu",
+        (_full_length(MNIST), _full_length(FASHION)),
+        seeds=5,
+        tuning_seeds=2,
+        candidates=5,
+        device="cuda",
+        threads=None,
+    ),
+}
+
+__all__ = ["PRESETS", "Preset", "Task"]

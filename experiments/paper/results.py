@@ -1,0 +1,103 @@
+"""The study's results as one file: what ran, what was chosen, what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.folder import write_json
+from experiments.paper.cells import Cell, row
+from experiments.paper.plan import Plan, Results
+from experiments.paper.presets import Preset
+from experiments.study import without_places
+
+MEASURED = (
+    "test_accuracy",
+    "best_test_accuracy",
+    "test_loss",
+    "start_accuracy",
+    "steps",
+    "skipped",
+    "seconds",
+    "ms_per_step",
+)
+SAME_RUN = (
+    "full-bp and frozen-* use no sign of a loss difference: int8 with the float loss is the same "
+    "run as with the integer one, and was not done twice"
+)
+
+
+def command(preset: Preset) -> str:
+    """What to type for these results."""
+    return f"python -m experiments.paper --preset {preset.name} --data-dir DIR"
+
+
+def summary(plan: Plan, results: Results, failed: Mapping[Cell, str]) -> dict[str, Any]:
+    """All of the results file."""
+    done = [cell for cell in plan.cells if cell in results]
+    missing = [cell for cell in plan.cells if cell not in results]
+    return {
+        "command": command(plan.preset),
+        "seeds": list(range(plan.preset.seeds)),
+        "tasks": [vars(task) for task in plan.preset.tasks],
+        "same_run": SAME_RUN,
+        "tuning": tuning(plan, results),
+        "runs": [{**row(c), **{k: results[c].get(k) for k in MEASURED}} for c in done],
+        "settings": settings(plan, done, results),
+        "missing": [{**row(c), "why": failed.get(c, "not run")} for c in missing],
+        "hardware": sorted({str(results[c]["hardware"]) for c in done}),
+        "versions": _distinct([results[c]["versions"] for c in done]),
+        "commits": sorted({str(results[c]["commit"]) for c in done}),
+    }
+
+
+def tuning(plan: Plan, results: Results) -> list[dict[str, Any]]:
+    """Every setting that was tried, with its held-out accuracies, and the one that was chosen."""
+    record = []
+    for cell, table in plan.candidates.items():
+        tried = plan.tried(cell, results)
+        record.append({
+            "section": cell.section,
+            "data": cell.data,
+            "model": cell.model,
+            "arithmetic": cell.arithmetic,
+            "method": cell.method,
+            **({} if cell.rotate is None else {"rotate": cell.rotate}),
+            "tried": [
+                {"name": name, "values": _plain(changes), "accuracies": tried.get(name, [])}
+                for name, changes in table.items()
+            ],
+            "chosen": plan.chosen(cell, results),
+        })  # fmt: skip
+    return record
+
+
+def settings(plan: Plan, done: Sequence[Cell], results: Results) -> list[dict[str, Any]]:
+    """The resolved configuration of each row of the tables, of its first seed that ran."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for cell in done:
+        key = (cell.section, cell.data, cell.model, cell.arithmetic, cell.method, cell.rotate)
+        if cell.candidate is None and key not in found:
+            config = without_places(plan.config(cell, results))
+            found[key] = {**row(cell), "config": config}
+    return list(found.values())
+
+
+def _plain(changes: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in changes.items()}
+
+
+def _distinct(values: Sequence[Any]) -> list[Any]:
+    """Those that differ, in their order."""
+    return [v for i, v in enumerate(values) if v not in values[:i]]
+
+
+def write(plan: Plan, results: Results, failed: Mapping[Cell, str], folder: Path) -> Path:
+    """paper_<preset>.json, whole or not at all; its path."""
+    path = folder / f"paper_{plan.preset.name}.json"
+    write_json(path, summary(plan, results, failed))
+    return path
+
+
+__all__ = ["command", "summary", "write"]
