@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-Model = Literal["lenet5", "resnet20"]
-Data = Literal["digits", "mnist", "fashion-mnist"]
+import tyro
+
+Model = Literal["lenet5", "resnet20", "pointnet"]
+Data = Literal["digits", "mnist", "fashion-mnist", "modelnet10", "modelnet40"]
 Method = Literal["full-zo", "cls2", "cls1", "full-bp", "frozen-cls2", "frozen-cls1"]
 Schedule = Literal["constant", "cosine", "linear", "step"]
+# A flag that the recipe decides where it is not given: --name or --no-name.
+Flag = Annotated[bool | None, tyro.conf.arg(constructor=bool)]
 
 
 @dataclass(frozen=True)
@@ -21,19 +25,27 @@ class TrainConfig:
     """
 
     model: Model = "lenet5"
-    """Network; resnet20 takes the 28x28 images as they are."""
+    """Network; resnet20 takes the 28x28 images as they are, pointnet takes clouds."""
     data: Data = "digits"
-    """Image set; digits comes with scikit-learn, the others are read from data_dir."""
+    """Images, or clouds of points (modelnet*); digits comes with scikit-learn, the others are read
+    from data_dir."""
     data_dir: Path | None = None
-    """Folder of the IDX files of mnist or fashion-mnist (or of torchvision's layout)."""
+    """Folder of the IDX files of mnist or fashion-mnist (or of torchvision's layout), or of the
+    HDF5 files of modelnet10 or modelnet40."""
     download: bool = False
-    """Fetch missing files of the image set into data_dir."""
+    """Fetch missing files of an image set into data_dir."""
     method: Method = "cls2"
     """full-zo: ZO everywhere; cls2 / cls1: BP on the last one / two layers; full-bp: BP everywhere;
     frozen-*: the control, the same tail on a head that stays random."""
     tail: tuple[str, ...] | None = None
     """What BP trains, instead of the method's cut: module names, a number of layers, or all."""
 
+    points: int | None = None
+    """Clouds: the first so many points of each, >= 1. Default: 1024."""
+    augment: Flag = None
+    """Clouds: turn (up to 45 degrees about the vertical axis), shift and jitter those of a step."""
+    batch_norm: Flag = None
+    """pointnet: with BatchNorm; int8 has none."""
     init: Literal["kaiming", "orthogonal"] | None = None
     """Initial weights: the model's own (Kaiming normal), or orthogonal with gain sqrt(2)."""
 
@@ -78,20 +90,21 @@ class TrainConfig:
     """Factor of a drop of the schedule step, in (0, 1]."""
 
     batch_size: int = 64
-    """Images a step, >= 1; what is left over at the end of an epoch waits for another order."""
+    """Samples a step, >= 1; what is left over at the end of an epoch waits for another order."""
     epochs: int | None = None
-    """Passes over the training images, >= 1. Default: 6; digits 60."""
+    """Passes over the training set, >= 1. Default: 6; digits 60; clouds 30."""
     eval_epochs: int = 1
     """Epochs between two tests, >= 1; the last epoch is always tested."""
     seed: int = 0
     """Of weights, noise and data order, in [0, 2^63)."""
     train_images: int | None = None
-    """Train on the first so many images only, >= batch_size. Default: all."""
+    """Train on the first so many images (of clouds on a fixed pick) only, >= batch_size. Default:
+    all."""
     hold_out: int = 0
-    """Test on so many training images that are kept out of training, in place of the test set."""
+    """Test on so many training samples that are kept out of training, in place of the test set."""
     rotate: float | None = None
-    """Degrees, counter-clockwise, in [-360, 360]: all images, training and test, turned by this one
-    angle (bilinear, once). Default: as they are."""
+    """Images: degrees, counter-clockwise, in [-360, 360]: all, training and test, turned by this
+    one angle (bilinear, once). Default: as they are."""
     start_from: Path | None = None
     """Fine-tuning: folder of a finished run whose last weights are the first ones here. Of the same
     model and precision; int8 also takes an fp32 run, converted without its biases."""
@@ -100,7 +113,8 @@ class TrainConfig:
     """auto (cuda where there is one), cpu, cuda or cuda:<n>."""
     precision: Literal["fp32", "bf16", "int8"] = "fp32"
     """fp32, autocast to bf16 (weights, update and perturbation stay fp32), or int8: integers only,
-    ElasticZO-INT8, for lenet5; what follows is for int8 alone, rates and eps for the others."""
+    ElasticZO-INT8, for lenet5 and pointnet; what follows is for int8 alone, rates and eps for the
+    others."""
     r_max: tuple[int, ...] | None = None
     """int8: largest perturbation of a weight, in [1, 127]. Of several values each serves an equal
     part of the run: --r-max 31 15 7."""
@@ -109,7 +123,8 @@ class TrainConfig:
     b_zo: tuple[int, ...] | None = None
     """int8: bits of an update of the head, in [0, 31]; several as for r_max."""
     b_bp: tuple[int, ...] | None = None
-    """int8: bits of an update of the tail, in [0, 7]; several as for r_max."""
+    """int8: bits of an update of the tail, in [-8, 7]; several as for r_max. Below 0 a weight moves
+    by one unit at the most, and not always."""
     logit_shift: int | None = None
     """int8: the last layer's first weights are divided by 2 to this power, in [0, 16]."""
     loss: Literal["integer", "float"] | None = None

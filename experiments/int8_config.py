@@ -47,6 +47,8 @@ def check_int8(config: TrainConfig) -> None:
     if config.model not in INT8_RECIPES:
         known = ", ".join(INT8_RECIPES)
         raise ValueError(f"precision int8 takes model {known}, got {config.model!r}")
+    if config.batch_norm:
+        raise ValueError("batch_norm belongs to precision fp32 or bf16, got True with int8")
     for name in FLOAT_ONLY:
         if getattr(config, name):
             raise ValueError(

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from elasticzo.cut import resolve_cut
-from elasticzo.data import ImageData
-from elasticzo.int8 import ElasticZOInt8, Int8Tensor, Int8TrajectoryLog, Int8ZO, quantize
+from elasticzo.int8 import ElasticZOInt8, Int8TrajectoryLog, Int8ZO
 from experiments.config import TrainConfig
-from experiments.learner import TEST_BATCH, BatchOrder
+from experiments.inputs import Samples, int8_inputs
 from experiments.resolve import build_model, last_layer, library_tail
 
 
@@ -23,7 +22,7 @@ def build_int8_network(config: TrainConfig) -> ElasticZOInt8:
     torch.manual_seed(config.seed)
     assert config.tail is not None and config.r_max is not None and config.p_zero is not None
     assert config.logit_shift is not None and config.fraction_bits is not None
-    net = build_model(config.model, config.init)
+    net = build_model(config)
     with torch.no_grad():
         last_layer(net).weight.mul_(2.0**-config.logit_shift)
     tail = library_tail(config.tail)
@@ -48,25 +47,6 @@ def build_int8_network(config: TrainConfig) -> ElasticZOInt8:
     )
 
 
-class Images:
-    """An image set in int8: each of the 256 grey values, normalised, has its integer.
-
-    The conversion of inputs: floats are used here, once, and in no step.
-    """
-
-    def __init__(self, data: ImageData) -> None:
-        grey = torch.arange(256, dtype=torch.uint8, device=data.train_x.device)
-        self.table = quantize(data.normalized(grey))
-        self.train = torch.cat([self._converted(x) for x in torch.split(data.train_x, TEST_BATCH)])
-        self.test = torch.cat([self._converted(x) for x in torch.split(data.test_x, TEST_BATCH)])
-
-    def _converted(self, x: Tensor) -> Tensor:
-        return self.table.q[x.long()]
-
-    def __call__(self, q: Tensor) -> Int8Tensor:
-        return Int8Tensor(q, self.table.exponent)
-
-
 class Int8Learner:
     """What an integer run learns with.
 
@@ -75,19 +55,17 @@ class Int8Learner:
         data: of `load_data`.
     """
 
-    def __init__(self, config: TrainConfig, data: ImageData) -> None:
+    def __init__(self, config: TrainConfig, data: Samples) -> None:
         assert config.epochs is not None and config.b_zo is not None and config.b_bp is not None
         self.config = config
-        self.data = data
+        self.inputs = int8_inputs(config, data)
         self.device = torch.device(config.device)
         self.model = build_int8_network(config)
         self.zo = Int8ZO(self.model, b_zo=config.b_zo[0])
         self.tail = self.model.tail_optimizer(b_bp=config.b_bp[0])
-        self.images = Images(data)
-        self.steps_per_epoch = len(data.train_x) // config.batch_size
+        self.steps_per_epoch = self.inputs.steps_per_epoch
         self.steps = self.steps_per_epoch * config.epochs
         self.step_index = 0
-        self.order = BatchOrder(len(data.train_x), config.batch_size, config.seed, self.device)
         dtype = torch.int64 if config.loss == "integer" else torch.float64
         self._losses = torch.zeros(self.model.halves, dtype=dtype, device=self.device)
         self._sum = torch.zeros_like(self._losses)  # since the last line of the log
@@ -99,7 +77,7 @@ class Int8Learner:
     def step(self) -> None:
         """One batch: head and tail move, in integers; nothing waits for the device."""
         self._set_bits()
-        x, y = self._batch()
+        x, y = self.inputs.train(self.step_index)
         logits = self.model(x)
         losses = self.model.losses(logits, y)
         self.model.backward(logits, y, self.config.tail_source or "plus")
@@ -126,10 +104,6 @@ class Int8Learner:
         self.model.set_noise(self._now(c.r_max), self._now(c.p_zero))
         self.zo.b_zo, self.tail.b_bp = self._now(c.b_zo), self._now(c.b_bp)
 
-    def _batch(self) -> tuple[Int8Tensor, Tensor]:
-        chosen = self.order(self.step_index)
-        return self.images(self.images.train[chosen]), self.data.train_y[chosen]
-
     # ---- what came of it
 
     def _nats(self, losses: Tensor) -> Tensor:
@@ -144,16 +118,15 @@ class Int8Learner:
 
     @torch.no_grad()
     def evaluate(self) -> tuple[float, float]:
-        """Accuracy in % and mean loss (in float64, of the int8 logits) on the test images."""
+        """Accuracy in % and mean loss (in float64, of the int8 logits) on the test set."""
         self.model.eval()
         right, loss = 0, 0.0
-        for start in range(0, len(self.images.test), TEST_BATCH):
-            logits = self.model(self.images(self.images.test[start : start + TEST_BATCH]))
-            y = self.data.test_y[start : start + TEST_BATCH]
+        for x, y in self.inputs.tests():
+            logits = self.model(x)
             right += int((logits.q.argmax(1) == y).sum())
             loss += float(nn.functional.cross_entropy(logits.dequantize(), y, reduction="sum"))
         self.model.train()
-        return 100.0 * right / len(self.images.test), loss / len(self.images.test)
+        return 100.0 * right / len(self.inputs.test_y), loss / len(self.inputs.test_y)
 
     def read(self) -> dict[str, Any]:
         """Loss since the last call, the last losses and signs. Reads the device."""
@@ -181,7 +154,7 @@ class Int8Learner:
 
     def probe(self) -> None:
         """One training forward that changes nothing: what a model refuses, it refuses now."""
-        self.model(self._batch()[0])
+        self.model(self.inputs.train(self.step_index)[0])
         self.model.forget_forwards()
 
     # ---- state

@@ -10,13 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from elasticzo import ZOSGD, ElasticZO, TrajectoryLog, pair_losses
 from elasticzo.cut import resolve_cut
-from elasticzo.data import ImageData, epoch_order, load_images, rotate_images
+from elasticzo.data import (
+    CLOUD_SETS,
+    CloudData,
+    load_clouds,
+    load_images,
+    rotate_images,
+    shuffled,
+)
 from experiments.config import TrainConfig
+from experiments.inputs import Samples, float_inputs
 from experiments.resolve import build_model, check_sizes, library_tail
 from experiments.schedules import factor
 
@@ -25,13 +32,15 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
 }
-HOLD_OUT_SEED = 0  # every run of every seed keeps the same images out
-TEST_BATCH = 1000
+HOLD_OUT_SEED = 0  # every run of every seed keeps the same samples out
 
 
 @lru_cache(maxsize=4)
-def _read(name: str, folder: Path | None, download: bool, rotate: float | None) -> ImageData:
-    """A few image sets stay in memory: a study reads and turns them once."""
+def _read(name: str, folder: Path | None, download: bool, rotate: float | None) -> Samples:
+    """A few data sets stay in memory: a study reads and turns them once."""
+    if name in CLOUD_SETS:
+        assert folder is not None
+        return load_clouds(name, folder)
     if rotate is None:
         return load_images(name, folder, download)
     data = _read(name, folder, download, None)
@@ -39,8 +48,8 @@ def _read(name: str, folder: Path | None, download: bool, rotate: float | None) 
     return replace(data, train_x=train_x, test_x=test_x)
 
 
-def load_data(config: TrainConfig) -> ImageData:
-    """The image set of a run on its device, uint8, split as configured."""
+def load_data(config: TrainConfig) -> Samples:
+    """The data set of a run on its device (images uint8), split as configured."""
     data = _read(config.data, config.data_dir, config.download, config.rotate)
     if config.hold_out:
         data = data.hold_out(config.hold_out, HOLD_OUT_SEED)
@@ -49,11 +58,18 @@ def load_data(config: TrainConfig) -> ImageData:
             raise ValueError(
                 f"train_images must be in [1, {len(data.train_x)}], got {config.train_images}"
             )
-        keep = slice(config.train_images)
-        data = replace(data, train_x=data.train_x[keep], train_y=data.train_y[keep])
+        data = _first(data, config.train_images)
     check_sizes(config, data)
     parts = ("train_x", "train_y", "test_x", "test_y")
     return replace(data, **{k: getattr(data, k).to(config.device) for k in parts})
+
+
+def _first(data: Samples, count: int) -> Samples:
+    """The first training images; of clouds, whose files may be sorted by class, a fixed pick."""
+    keep = torch.arange(count)
+    if isinstance(data, CloudData):
+        keep = torch.from_numpy(shuffled(len(data.train_x), HOLD_OUT_SEED))[:count]
+    return replace(data, train_x=data.train_x[keep], train_y=data.train_y[keep])
 
 
 def build_network(config: TrainConfig) -> ElasticZO:
@@ -61,7 +77,7 @@ def build_network(config: TrainConfig) -> ElasticZO:
     torch.manual_seed(config.seed)
     assert config.tail is not None
     assert config.eps is not None and config.noise is not None
-    net = build_model(config.model, config.init)
+    net = build_model(config)
     tail = library_tail(config.tail)
     if config.method.startswith("frozen-"):
         frozen = resolve_cut(net, tail).head_parameters
@@ -82,21 +98,6 @@ def build_network(config: TrainConfig) -> ElasticZO:
     )
 
 
-class BatchOrder:
-    """Which images a step sees: another order every epoch, decided by the seed."""
-
-    def __init__(self, images: int, size: int, seed: int, device: torch.device) -> None:
-        self.images, self.size, self.seed, self.device = images, size, seed, device
-        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
-
-    def __call__(self, step: int) -> Tensor:
-        epoch, place = divmod(step, self.images // self.size)
-        if self._order[0] != epoch:
-            order = epoch_order(self.images, self.seed, epoch)
-            self._order = (epoch, order.to(self.device))
-        return self._order[1][place * self.size : (place + 1) * self.size]
-
-
 class Learner:
     """What a run learns with.
 
@@ -105,11 +106,11 @@ class Learner:
         data: of `load_data`.
     """
 
-    def __init__(self, config: TrainConfig, data: ImageData) -> None:
+    def __init__(self, config: TrainConfig, data: Samples) -> None:
         assert config.head_lr is not None and config.tail_lr is not None
         assert config.epochs is not None
         self.config = config
-        self.data = data
+        self.inputs = float_inputs(config, data)
         self.device = torch.device(config.device)
         self.model = build_network(config)
         clip = config.clip if config.clip != float("inf") else None
@@ -117,13 +118,12 @@ class Learner:
             self.model, config.head_lr, clip=clip, weight_decay=config.head_weight_decay
         )
         self.tail = self._tail_optimizer()
-        self.steps_per_epoch = len(data.train_x) // config.batch_size
+        self.steps_per_epoch = self.inputs.steps_per_epoch
         self.steps = self.steps_per_epoch * config.epochs
         self.step_index = 0
         self.losses = torch.zeros(self.model.halves, device=self.device)
         # Sum of the mean losses since the last line of the log, and how many were finite.
         self.sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        self.order = BatchOrder(len(data.train_x), config.batch_size, config.seed, self.device)
 
     def _tail_optimizer(self) -> torch.optim.Optimizer | None:
         if not any(True for _ in self.model.tail_parameters()):
@@ -140,7 +140,7 @@ class Learner:
     def step(self) -> None:
         """One batch: head and tail move, and nothing waits for the device."""
         self._set_rates()
-        x, y = self._batch()
+        x, y = self.inputs.train(self.step_index)
         with self._autocast():
             losses = pair_losses(cross_entropy, self.model(x), y)
         self.model.backward(losses, self.config.tail_source or "mean")
@@ -175,10 +175,6 @@ class Learner:
         for group in self.tail.param_groups if self.tail is not None else []:
             group["lr"] = tail
 
-    def _batch(self) -> tuple[Tensor, Tensor]:
-        chosen = self.order(self.step_index)
-        return self.data.normalized(self.data.train_x[chosen]), self.data.train_y[chosen]
-
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.config.precision == "fp32":
             return nullcontext()
@@ -188,18 +184,16 @@ class Learner:
 
     @torch.no_grad()
     def evaluate(self) -> tuple[float, float]:
-        """Accuracy in % and mean loss on the test images."""
+        """Accuracy in % and mean loss on the test set."""
         self.model.eval()
         found = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for start in range(0, len(self.data.test_x), TEST_BATCH):
-            x = self.data.test_x[start : start + TEST_BATCH]
-            y = self.data.test_y[start : start + TEST_BATCH]
+        for x, y in self.inputs.tests():
             with self._autocast():
-                logits = self.model(self.data.normalized(x))
+                logits = self.model(x)
                 loss = cross_entropy(logits, y, reduction="sum")
             found += torch.stack([(logits.argmax(1) == y).sum(), loss]).double()
         self.model.train()
-        right, loss_sum = (found / len(self.data.test_x)).tolist()
+        right, loss_sum = (found / len(self.inputs.test_y)).tolist()
         return 100.0 * right, loss_sum
 
     def read(self) -> dict[str, Any]:
@@ -228,7 +222,7 @@ class Learner:
         """One training forward that changes nothing: what a model refuses, it refuses now."""
         state = self.state()
         with self._autocast():
-            self.model(self._batch()[0])
+            self.model(self.inputs.train(self.step_index)[0])
         self.load(state)
 
     # ---- state
@@ -258,4 +252,4 @@ class Learner:
         self.step_index = int(state["step"])
 
 
-__all__ = ["TEST_BATCH", "BatchOrder", "Learner", "build_network", "load_data"]
+__all__ = ["Learner", "build_network", "load_data"]

@@ -111,6 +111,25 @@ def draw_grids(path: Path, title: str, grids: Mapping[str, Grid]) -> None:
     save(plt, figure, path)
 
 
+def draw_changes(
+    path: Path, title: str, methods: Mapping[str, Mapping[str, Sequence[float]]]
+) -> None:
+    """A panel a method: accuracies of every change to its recipe, which is the first and a line."""
+    plt = pyplot()
+    figure, all_axes = plt.subplots(1, len(methods), figsize=(4.2 * len(methods), 5), squeeze=False)
+    for axes, (method, points) in zip(all_axes[0], methods.items(), strict=True):
+        for place, values in enumerate(points.values()):
+            axes.plot(values, [-place] * len(values), "o", color="tab:blue", alpha=0.4)
+            axes.plot([sum(values) / len(values)], [-place], "|", color="black", markersize=14)
+        recipe = next(iter(points.values()))
+        axes.axvline(sum(recipe) / len(recipe), color="tab:red", linewidth=1)
+        axes.set_yticks([-place for place in range(len(points))], points)
+        axes.set(xlabel="accuracy (%)", title=method)
+        axes.grid(alpha=0.3, axis="x")
+    figure.suptitle(f"{title}, one change at a time (red: the recipe)")
+    save(plt, figure, path)
+
+
 def standard_error(values: Sequence[float]) -> float:
     """Standard error of the mean; 0 of a single value."""
     n = len(values)
@@ -123,6 +142,7 @@ def standard_error(values: Sequence[float]) -> float:
 __all__ = [
     "Grid",
     "draw_accuracies",
+    "draw_changes",
     "draw_curves",
     "draw_grids",
     "draw_points",

@@ -14,11 +14,12 @@ import torch
 from torch import nn
 
 from elasticzo.cut import resolve_cut
-from elasticzo.data import ImageData
-from elasticzo.models import LeNet5, ResNet20
-from experiments.config import NOT_IDENTITY, TrainConfig
+from elasticzo.data import CLOUD_SETS
+from elasticzo.models import LeNet5, PointNet, ResNet20
+from experiments.config import NOT_IDENTITY, Data, Model, TrainConfig
+from experiments.inputs import Samples
 from experiments.int8_config import NO_INT8, check_int8, int8_recipe, refuse_int8_fields
-from experiments.recipes import BF16_EPS, EPOCHS, RECIPES, TAILS, base_method
+from experiments.recipes import BF16_EPS, EPOCHS, POINTS, RECIPES, TAILS, base_method
 from zo_kernels import resolve_backend
 
 # (field, lowest, highest, whether the ends are allowed)
@@ -39,6 +40,7 @@ RANGES: tuple[tuple[str, float, float, bool, bool], ...] = (
     ("epochs", 1, 2**32 - 1, True, True),
     ("eval_epochs", 1, math.inf, True, False),
     ("seed", 0, 2**63 - 1, True, True),
+    ("points", 1, math.inf, True, False),
     ("train_images", 1, math.inf, True, False),
     ("hold_out", 0, math.inf, True, False),
     ("rotate", -360.0, 360.0, True, True),
@@ -49,6 +51,7 @@ RANGES: tuple[tuple[str, float, float, bool, bool], ...] = (
 # Taken from the recipe as they are.
 FROM_RECIPE = (
     "init",
+    "batch_norm",
     "noise",
     "head_lr",
     "clip",
@@ -86,8 +89,9 @@ def resolve(config: TrainConfig) -> TrainConfig:
         **NO_INT8,
         **_places(config, device),
     }
-    filled = {k: v for k, v in filled.items() if getattr(config, k) is None}
-    filled |= {
+    missing = {k: v for k, v in filled.items() if getattr(config, k) is None and k != "scale"}
+    config = replace(config, **missing)
+    filled = {
         "tail": tail,
         "scale": _scale(config, tail, dict(recipe.scale)),
         "tail_optimizer": optimizer,
@@ -100,8 +104,11 @@ def resolve(config: TrainConfig) -> TrainConfig:
 def _places(config: TrainConfig, device: torch.device) -> dict[str, Any]:
     """Defaults that no recipe decides."""
     name = f"{config.data}-{config.model}-{config.method}-{config.seed}"
+    clouds = config.data in CLOUD_SETS
     return {
         "epochs": EPOCHS[config.data],
+        "points": POINTS if clouds else None,
+        "augment": True if clouds else None,
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "out": Path("runs") / (f"{name}-int8" if config.precision == "int8" else name),
     }
@@ -113,8 +120,10 @@ def _resolve_int8(config: TrainConfig) -> TrainConfig:
     if config.start_from is not None:
         recipe["logit_shift"] = 0  # trained logits have their size
     filled = {**recipe, **_places(config, device)}
-    filled = {k: v for k, v in filled.items() if getattr(config, k) is None}
-    filled |= {
+    filled["batch_norm"] = False if config.model == "pointnet" else None
+    missing = {k: v for k, v in filled.items() if getattr(config, k) is None and k != "scale"}
+    config = replace(config, **missing)
+    filled = {
         "tail": tail,
         "scale": _scale(config, tail, recipe["scale"]),
         "device": str(device),
@@ -141,6 +150,7 @@ def check(config: TrainConfig) -> None:
             raise ValueError(
                 f"{name} must be in {brackets[0]}{low:g}, {high:g}{brackets[1]}, got {value}"
             )
+    _check_clouds(config)
     if config.precision == "int8":
         check_int8(config)
     if config.data != "digits" and config.data_dir is None:
@@ -149,6 +159,24 @@ def check(config: TrainConfig) -> None:
         )
     if config.out is not None and config.out.exists() and not config.out.is_dir():
         raise ValueError(f"out must be a folder, got the file {config.out}")
+
+
+def _check_clouds(config: TrainConfig) -> None:
+    """A network for clouds wants clouds, and what belongs to them nothing else."""
+    clouds, pointnet = config.data in CLOUD_SETS, config.model == "pointnet"
+    if clouds != pointnet:
+        wanted = "clouds (" + ", ".join(CLOUD_SETS) + ")" if pointnet else "images"
+        raise ValueError(f"model {config.model!r} takes {wanted}, got data {config.data!r}")
+    if clouds and config.download:
+        raise ValueError(f"data {config.data!r} is not fetched: data_dir must hold its HDF5 files")
+    if clouds and config.rotate is not None:
+        raise ValueError(f"rotate belongs to images, got {config.rotate} with {config.data!r}")
+    for name in ("points", "augment", "batch_norm"):
+        if not clouds and getattr(config, name) is not None:
+            raise ValueError(
+                f"{name} belongs to pointnet and clouds, got {getattr(config, name)} with "
+                f"{config.model!r}"
+            )
 
 
 def _choices(hint: Any) -> tuple[str, ...]:
@@ -183,7 +211,7 @@ def _scale(
 ) -> dict[str, float]:
     """Scales of the head. The recipe's patterns that this cut leaves nothing to are dropped; the
     user's must match."""
-    head = _head(config.model, tail)
+    head = _head(config.model, config.data, config.batch_norm, tail)
     if config.precision == "int8":
         head = tuple(name for name in head if name.endswith(".weight"))
     if config.method.startswith("frozen-"):
@@ -203,10 +231,12 @@ def _scale(
 
 
 @lru_cache
-def _head(model: str, tail: tuple[str, ...]) -> tuple[str, ...]:
+def _head(
+    model: Model, data: Data, batch_norm: bool | None, tail: tuple[str, ...]
+) -> tuple[str, ...]:
     """Parameters before the cut: a study asks a thousand times."""
     with torch.device("meta"):
-        network = build_model(model)
+        network = build_model(TrainConfig(model=model, data=data, batch_norm=batch_norm))
     return resolve_cut(network, library_tail(tail)).head_parameters
 
 
@@ -224,12 +254,18 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
-def build_model(name: str, init: str | None = None) -> nn.Module:
-    """A fresh network for 28x28 grey images, ten classes, from torch's generator as it stands."""
-    model: nn.Module = LeNet5() if name == "lenet5" else ResNet20(channels=1)
-    if init == "orthogonal":
+def build_model(config: TrainConfig) -> nn.Module:
+    """A fresh network for the configuration's data, from torch's generator as it stands: for 28x28
+    grey images of ten classes, or for clouds."""
+    model: nn.Module
+    if config.model == "pointnet":
+        classes = 40 if config.data == "modelnet40" else 10
+        model = PointNet(classes, batch_norm=bool(config.batch_norm))
+    else:
+        model = LeNet5() if config.model == "lenet5" else ResNet20(channels=1)
+    if config.init == "orthogonal":
         for module in model.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
+            if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
                 nn.init.orthogonal_(module.weight, gain=math.sqrt(2.0))
     return model
 
@@ -239,12 +275,17 @@ def last_layer(model: nn.Module) -> nn.Linear | nn.Conv2d:
     return [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))][-1]
 
 
-def check_sizes(config: TrainConfig, data: ImageData) -> None:
-    """Raise ValueError where a batch is larger than the training set."""
+def check_sizes(config: TrainConfig, data: Samples) -> None:
+    """Raise ValueError where a batch is larger than the training set, or a cloud too small."""
+    kind = "images" if config.points is None else "clouds"
     if config.batch_size > len(data.train_x):
         raise ValueError(
-            f"batch_size must be in [1, {len(data.train_x)}] (training images), "
+            f"batch_size must be in [1, {len(data.train_x)}] (training {kind}), "
             f"got {config.batch_size}"
+        )
+    if config.points is not None and config.points > data.train_x.shape[1]:
+        raise ValueError(
+            f"points must be in [1, {data.train_x.shape[1]}] (of a cloud), got {config.points}"
         )
 
 

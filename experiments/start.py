@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,14 @@ def first_weights(config: TrainConfig) -> dict[str, Any]:
     _check(folder, "model", source, (config.model,))
     wanted = ("int8", "fp32") if config.precision == "int8" else (config.precision,)
     _check(folder, "precision", source, wanted)
+    if config.model == "pointnet":
+        _check(folder, "data", source, (config.data,))  # as many classes
+    if source["precision"] == config.precision:
+        _check(folder, "batch_norm", source, (config.batch_norm,))
     state: dict[str, Any] = load_checkpoint(folder / CHECKPOINT)["model"]
     if source["precision"] == config.precision:
         return state
-    return _converted(config, state)
+    return _converted(config, source.get("batch_norm"), state)
 
 
 def _identity(folder: Path) -> dict[str, Any]:
@@ -50,17 +55,19 @@ def _identity(folder: Path) -> dict[str, Any]:
     return identity
 
 
-def _check(folder: Path, field: str, source: dict[str, Any], wanted: tuple[str, ...]) -> None:
+def _check(folder: Path, field: str, source: dict[str, Any], wanted: tuple[Any, ...]) -> None:
     if source.get(field) not in wanted:
         raise ValueError(
-            f"start_from must be a run of {field} {' or '.join(wanted)}, got {folder} of "
+            f"start_from must be a run of {field} {' or '.join(map(str, wanted))}, got {folder} of "
             f"{source.get(field)}"
         )
 
 
-def _converted(config: TrainConfig, state: dict[str, Any]) -> dict[str, Any]:
+def _converted(
+    config: TrainConfig, batch_norm: bool | None, state: dict[str, Any]
+) -> dict[str, Any]:
     """int8 weights from the state of a float model."""
-    net = build_model(config.model)
+    net = build_model(replace(config, batch_norm=batch_norm))
     net.load_state_dict(state)
     assert config.logit_shift is not None
     with torch.no_grad():

@@ -1,5 +1,13 @@
 """Loaders for real data sets."""
 
+from elasticzo.data.augment import augment_clouds
+from elasticzo.data.clouds import (
+    CLOUD_SETS,
+    CloudData,
+    load_clouds,
+    load_modelnet10,
+    load_modelnet40,
+)
 from elasticzo.data.download import DownloadError, download_fashion_mnist, download_mnist
 from elasticzo.data.idx import read_idx
 from elasticzo.data.images import (
@@ -10,20 +18,27 @@ from elasticzo.data.images import (
     load_images,
     load_mnist,
 )
-from elasticzo.data.order import epoch_order
+from elasticzo.data.order import epoch_order, shuffled
 from elasticzo.data.rotation import rotate_images
 
 __all__ = [
+    "CLOUD_SETS",
     "IMAGE_SETS",
+    "CloudData",
     "DownloadError",
     "ImageData",
+    "augment_clouds",
     "download_fashion_mnist",
     "download_mnist",
     "epoch_order",
+    "load_clouds",
     "load_digits",
     "load_fashion_mnist",
     "load_images",
     "load_mnist",
+    "load_modelnet10",
+    "load_modelnet40",
     "read_idx",
     "rotate_images",
+    "shuffled",
 ]

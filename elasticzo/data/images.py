@@ -20,6 +20,7 @@ from elasticzo.data.download import (
     import_data_extra,
 )
 from elasticzo.data.idx import read_idx
+from elasticzo.data.order import shuffled
 
 __all__ = [
     "IMAGE_SETS",
@@ -110,7 +111,7 @@ class ImageData:
         if not 1 <= n_valid <= n - 1:
             raise ValueError(f"n_valid must be in 1..{n - 1} ({n} training images), got {n_valid}")
         valid = torch.zeros(n, dtype=torch.bool)
-        valid[torch.from_numpy(_shuffled(n, seed)[:n_valid])] = True
+        valid[torch.from_numpy(shuffled(n, seed)[:n_valid])] = True
         return replace(
             self,
             train_x=self.train_x[~valid],
@@ -163,7 +164,7 @@ def load_digits() -> ImageData:
     test = np.zeros(len(labels), dtype=bool)
     for digit in range(10):
         members = np.flatnonzero(labels == digit)
-        test[members[_shuffled(len(members), seed=digit)[: round(len(members) / 5)]]] = True
+        test[members[shuffled(len(members), seed=digit)[: round(len(members) / 5)]]] = True
     y, held = torch.from_numpy(labels), torch.from_numpy(test)
     return ImageData("digits", images[~held], y[~held], images[held], y[held], _DIGITS)
 
@@ -272,14 +273,6 @@ def _read_checked(source: _IdxSet, path: Path, shape: tuple[int, ...]) -> np.nda
         if other is not source and digest == other.labels_sha256:
             raise ValueError(f"{path}: expected {source.name}, got the files of {other.name}")
     return values
-
-
-def _shuffled(n: int, seed: int) -> np.ndarray:
-    """0 to n - 1 in an order the seed decides, [n] int64."""
-    if seed < 0:
-        raise ValueError(f"seed must be at least 0, got {seed}")
-    # Raw bits: numpy promises them for ever, its and torch's permutations may change.
-    return np.argsort(np.random.PCG64(seed).random_raw(n), kind="stable")
 
 
 def _check_part(part: str, x: Tensor, y: Tensor, n_classes: int) -> None:

@@ -1,13 +1,14 @@
-"""The order in which an epoch visits the samples: a pure function of (seed, epoch)."""
+"""Orders of samples that a seed decides: of an epoch, and of a split."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from zo_kernels import sample
 
-__all__ = ["epoch_order"]
+__all__ = ["epoch_order", "shuffled"]
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
@@ -38,3 +39,11 @@ def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
     key = torch.tensor([seed, epoch], dtype=torch.int64)
     words = sample([n], key, tensor=0, noise="bits", purpose="data")
     return words.argsort(stable=True)
+
+
+def shuffled(n: int, seed: int) -> np.ndarray:
+    """0 to n - 1 in an order the seed decides, [n] int64: for splits, the same for ever."""
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}")
+    # Raw bits: numpy promises them for ever, its and torch's permutations may change.
+    return np.argsort(np.random.PCG64(seed).random_raw(n), kind="stable")

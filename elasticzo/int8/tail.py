@@ -20,7 +20,8 @@ class Int8Tail:
 
     Args:
         model: whose tail it trains.
-        b_bp: bits of an update, in [0, 7]; they play the learning rate. May change at any time.
+        b_bp: bits of an update, in [-8, 7]; they play the learning rate. May change at any time.
+            Below 0 (not in NITI) even the largest gradient moves its weight only at times.
         rounding: R: "pseudo", "nearest" or "stochastic".
     Source: NITI (arXiv:2009.13108).
     """

@@ -60,7 +60,7 @@ def ceil_log2(value: float) -> int:
     return exponent - 1 if mantissa == 0.5 else exponent
 
 
-def quantize(x: Tensor) -> Int8Tensor:
+def quantize(x: Tensor, exponent: int | None = None) -> Int8Tensor:
     """Convert inputs once, before training: `q = round(x 2^(7 - b))`, exponent `b - 7`.
 
     `b = ceil(log2 max|x|)`, 0 for all zeros; one exponent for the whole tensor, so a data set is
@@ -68,6 +68,8 @@ def quantize(x: Tensor) -> Int8Tensor:
 
     Args:
         x: any shape, floating or uint8.
+        exponent: in place of `b - 7`, for what has to match another tensor; values beyond its
+            range are clipped, and nothing waits for the device.
     Returns: q int8 like x, exponent `[]` int32.
     Raises: ValueError for values that are not finite, or beyond exponents of [-64, 64].
     Source: NITI (arXiv:2009.13108).
@@ -76,14 +78,14 @@ def quantize(x: Tensor) -> Int8Tensor:
         raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
     if not (x.is_floating_point() or x.dtype == torch.uint8):
         raise TypeError(f"x must be floating or uint8, got {x.dtype}")
-    largest = float(x.abs().max()) if x.numel() else 0.0
-    if not math.isfinite(largest):
-        raise ValueError("x must be finite")
-    b = ceil_log2(largest)
-    check_range("the exponent of x", b - 7)
-    shift = torch.tensor(float(7 - b), dtype=torch.float64, device=x.device)
-    q = torch.round(x.double() * torch.exp2(shift)).clamp(-LIMIT, LIMIT).to(torch.int8)
-    return Int8Tensor(q, torch.tensor(b - 7, dtype=torch.int32, device=x.device))
+    if exponent is None:
+        largest = float(x.abs().max()) if x.numel() else 0.0
+        if not math.isfinite(largest):
+            raise ValueError("x must be finite")
+        exponent = ceil_log2(largest) - 7
+    check_range("the exponent of x", exponent)
+    q = torch.round(x.double() * 2.0**-exponent).clamp(-LIMIT, LIMIT).to(torch.int8)
+    return Int8Tensor(q, torch.tensor(exponent, dtype=torch.int32, device=x.device))
 
 
 def quantize_weight(w: Tensor) -> Int8Tensor:

@@ -17,6 +17,7 @@ from experiments.config import TrainConfig
 from experiments.folder import RunFolder
 from experiments.training import Run
 
+OF_CLOUDS = ("points", "augment", "batch_norm")  # fields that mean nothing to images
 Start = Callable[..., tuple[dict[str, Any], RunFolder]]
 
 

@@ -15,24 +15,25 @@ from elasticzo.data import load_digits
 from elasticzo.int8 import replay_int8
 from experiments.config import TrainConfig
 from experiments.folder import CHECKPOINT, METRICS, TRAJECTORY
+from experiments.inputs import Int8Images
 from experiments.int8_config import FLOAT_ONLY
-from experiments.int8_learner import Images, Int8Learner, build_int8_network
+from experiments.int8_learner import Int8Learner, build_int8_network
 from experiments.learner import load_data
 from experiments.recipes import METHODS
 from experiments.resolve import resolve
 from experiments.train import main
 from experiments.training import Interrupted, Run
-from tests.experiments.conftest import Start
+from tests.experiments.conftest import OF_CLOUDS, Start
 
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"model": "resnet20"}, "precision int8 takes model lenet5, got 'resnet20'"),
+    ({"model": "resnet20"}, "precision int8 takes model lenet5, pointnet, got 'resnet20'"),
     ({"eps": 1e-3}, "eps belongs to precision fp32 or bf16, got 0.001 with int8"),
     ({"head_weight_decay": 0.1}, "head_weight_decay belongs to precision fp32 or bf16"),
     ({"r_max": (15, 0)}, r"r_max must be in \[1, 127\], got 0"),
     ({"r_max": ()}, "r_max must have at least one value, got none"),
     ({"p_zero": (1.0,)}, r"p_zero must be in \[0, 1\), got 1.0"),
     ({"b_zo": (32,)}, r"b_zo must be in \[0, 31\], got 32"),
-    ({"b_bp": (8,)}, r"b_bp must be in \[0, 7\], got 8"),
+    ({"b_bp": (8,)}, r"b_bp must be in \[-8, 7\], got 8"),
     ({"fraction_bits": 17}, r"fraction_bits must be in \[0, 16\], got 17"),
     ({"logit_shift": -1}, r"logit_shift must be in \[0, 16\], got -1"),
     ({"scale": {"fc3.*": 1.0}}, r"scale must match parameters of the head \(conv1.weight, conv2"),
@@ -54,7 +55,8 @@ def test_every_default_is_decided(method: Any) -> None:
     config = resolve(TrainConfig(method=method, precision="int8", device="cpu"))
     open_fields = {f.name for f in fields(config) if getattr(config, f.name) is None}
     floats = {name for name in FLOAT_ONLY if getattr(TrainConfig(), name) is None}
-    assert open_fields == {"data_dir", "train_images", "rotate", "start_from"} | floats
+    given = {"data_dir", "train_images", "rotate", "start_from", *OF_CLOUDS}
+    assert open_fields == given | floats
     assert resolve(config) == config
     model = build_int8_network(config)
     assert bool(list(model.head_parameters())) == (method in ("full-zo", "cls2", "cls1"))
@@ -62,11 +64,12 @@ def test_every_default_is_decided(method: Any) -> None:
 
 
 def test_inputs_are_converted_once() -> None:
+    config = resolve(TrainConfig(precision="int8", device="cpu"))
     data = load_digits()
-    images = Images(data)
-    assert images.train.dtype == torch.int8 and images.train.shape == data.train_x.shape
+    images = Int8Images(config, data)
+    assert images.train_q.dtype == torch.int8 and images.train_q.shape == data.train_x.shape
     exact = data.normalized(data.test_x[:50]).double()
-    found = images(images.test[:50]).dequantize()
+    found = images.test_x(slice(50)).dequantize()
     assert (found - exact).abs().max() <= 2.0 ** int(images.table.exponent) / 2
 
 
