@@ -108,8 +108,8 @@ def _integers(runs: Runs) -> Block:
     text = ["The integer loss is a cross-entropy in fixed point; the float loss is taken in "
             "float64 on the same int8 logits, and its sign alone is used.",
             "Full BP and the controls use no sign of a loss difference: both losses are one run, "
-            "which was done once. Points of test accuracy, mean ± standard error of the differences "
-            "seed by seed."]  # fmt: skip
+            "which was done once. Points of test accuracy, mean ± standard error of the "
+            "differences seed by seed."]  # fmt: skip
     return Block(
         f"Integers against floats (preset {runs.preset})",
         text,
