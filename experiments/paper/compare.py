@@ -85,7 +85,7 @@ class Scene:
     @property
     def title(self) -> str:
         name = DATA_TITLES.get(self.data, self.data)
-        return name if self.rotate is None else f"{name} turned by {self.rotate:g} degrees"
+        return name if self.rotate is None else f"{name} turned {self.rotate:g}°"
 
 
 class Runs:
@@ -182,12 +182,12 @@ def read_studies(folder: Path) -> list[Runs]:
 
 
 def accuracy_text(value: Mean | None, seeds: int) -> str:
-    """Mean and standard deviation in %; how many seeds where it is not `seeds`."""
+    """Mean and standard deviation in %; in brackets how many seeds where it is not `seeds`."""
     return "not run" if value is None else f"{value.mean:.2f}{_spread(value.sd, value.n, seeds)}"
 
 
 def gain_text(value: Mean | None, seeds: int) -> str:
-    """Mean and standard error in points; how many seeds where it is not `seeds`."""
+    """Mean and standard error in points; in brackets how many seeds where it is not `seeds`."""
     return (
         "not run" if value is None else f"{value.mean:+.2f}{_spread(value.error, value.n, seeds)}"
     )
@@ -195,7 +195,7 @@ def gain_text(value: Mean | None, seeds: int) -> str:
 
 def _spread(spread: float | None, n: int, seeds: int) -> str:
     shown = "" if spread is None else f" ± {spread:.2f}"
-    return shown + ("" if n == seeds else f" (n = {n})")
+    return shown + ("" if n == seeds else f" ({n})")
 
 
 __all__ = [

@@ -6,7 +6,7 @@ ElasticZO is the better of ZO-Feat-Cls2 and ZO-Feat-Cls1, by mean test accuracy.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,7 +36,7 @@ class Floor:
 
     Attributes:
         promise: in words, with its bound.
-        of: data set, arithmetic, preset.
+        of: data set and arithmetic, or network.
         measured: the figure, or what is missing.
     """
 
@@ -51,7 +51,7 @@ def gain_floor(runs: Runs, scene: Scene, arithmetic: str) -> Floor:
     best = runs.best(scene, arithmetic)
     gain = runs.gain(scene, arithmetic, best, "full-zo") if best else None
     promise = f"over Full ZO: at least {GAIN} points"
-    of = _of(runs, scene, arithmetic)
+    of = _of(scene, arithmetic)
     if best is None or gain is None:
         return Floor(promise, of, "needs runs of Full ZO, Cls2 and Cls1", "not measured")
     status: Status = "kept" if gain.mean >= GAIN else "broken"
@@ -63,7 +63,7 @@ def control_floor(runs: Runs, scene: Scene, arithmetic: str) -> Floor:
     best = runs.best(scene, arithmetic)
     gain = runs.gain(scene, arithmetic, best, CONTROLS[best]) if best else None
     promise = f"over its control: more than {ERRORS:g} standard errors"
-    of = _of(runs, scene, arithmetic)
+    of = _of(scene, arithmetic)
     if best is None or gain is None or gain.error is None:
         missing = "needs runs of Cls2, Cls1 and the control over at least two seeds"
         return Floor(promise, of, missing, "not measured")
@@ -106,18 +106,25 @@ def overhead(curve: Mapping[str, Any]) -> float | None:
 
 def floors(studies: Sequence[Runs], folder: Path) -> list[Floor]:
     """All floors: from scratch with each arithmetic of its own, then memory."""
-    found = []
+    found: list[Floor] = []
     for runs in studies:
         for scene in runs.scenes:
             for arithmetic in runs.arithmetics:
                 if scene.rotate is None and arithmetic != "int8-float":
-                    found.append(gain_floor(runs, scene, arithmetic))
-                    found.append(control_floor(runs, scene, arithmetic))
+                    pair = (
+                        gain_floor(runs, scene, arithmetic),
+                        control_floor(runs, scene, arithmetic),
+                    )
+                    found += pair if len(studies) == 1 else [_named(f, runs) for f in pair]
     return found + memory_floors(folder)
 
 
-def _of(runs: Runs, scene: Scene, arithmetic: str) -> str:
-    return f"{scene.title}, {ARITHMETIC_TITLES[arithmetic]}, preset {runs.preset}"
+def _named(floor: Floor, runs: Runs) -> Floor:
+    return replace(floor, of=f"{floor.of}, preset {runs.preset}")
+
+
+def _of(scene: Scene, arithmetic: str) -> str:
+    return f"{scene.title}, {ARITHMETIC_TITLES[arithmetic]}"
 
 
 def _curve_title(curve: Mapping[str, Any]) -> str:

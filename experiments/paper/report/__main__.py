@@ -45,7 +45,7 @@ def floor_table(found: Sequence[Floor]) -> Table:
         "Of ElasticZO, the better of ZO-Feat-Cls2 and ZO-Feat-Cls1, from scratch: points of test "
         "accuracy, mean ± standard error of the differences seed by seed."
     )
-    return Table(["floor", "of", "measured", ""], rows, caption)
+    return Table(["floor", "of", "measured", "status"], rows, caption)
 
 
 def page(results: Path) -> str:

@@ -131,7 +131,7 @@ def _part(source: Source, path: Path) -> Block | None:
         if _belongs(picture, path)
     ]
     return Block(
-        path.stem.replace("_", " "),
+        path.name,
         command=content.get("command", source.command),
         tables=source.tables(content),
         pictures=pictures,

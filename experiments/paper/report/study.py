@@ -80,7 +80,7 @@ def accuracy_table(runs: Runs, scene: Scene) -> Table:
     return Table(
         ["test accuracy", *(ARITHMETIC_TITLES[a] for a in runs.arithmetics)],
         rows,
-        f"In %, mean ± standard deviation, n = {seeds} unless said; "
+        f"In %, mean ± standard deviation, n = {seeds} or as in brackets; "
         f"{epochs} epoch{'s' * (epochs != 1)}, batch {task['batch_size']}.",
     )
 
@@ -97,7 +97,8 @@ def gain_table(runs: Runs, scene: Scene) -> Table:
     return Table(
         ["gain", *(ARITHMETIC_TITLES[a] for a in runs.arithmetics)],
         rows,
-        "In points, mean ± standard error of the differences seed by seed.",
+        f"In points, mean ± standard error of the differences seed by seed, n = {seeds} or as in "
+        "brackets.",
     )
 
 
@@ -173,7 +174,7 @@ def _tuning_table(key: tuple[Any, ...], records: list[Mapping[str, Any]]) -> Tab
             row.append(Cell(f"{tried['name']}: {text}", "best" if chosen else ""))
         rows.append(row)
     widest = max(len(row) for row in rows)
-    turned = "" if rotate is None else f" turned by {rotate:g} degrees"
+    turned = "" if rotate is None else f" turned {rotate:g}°"
     kind = "fine-tuning" if section.startswith("finetune") else "from scratch"
     precision = "FP32" if arithmetic == "fp32" else "INT8"
     caption = f"{DATA_TITLES.get(data, data)}{turned}, {precision}, {kind}"
@@ -187,7 +188,7 @@ def missing(runs: Runs) -> list[str]:
     """A line for each group of planned runs that have no result, with the reasons."""
     groups: Counter[tuple[str, ...]] = Counter()
     for line in runs.content["missing"]:
-        turned = "" if line.get("rotate") is None else f" {line['rotate']:g} degrees"
+        turned = "" if line.get("rotate") is None else f" turned {line['rotate']:g}°"
         name = DATA_TITLES.get(line["data"], line["data"])
         precision = ARITHMETIC_TITLES[line["arithmetic"]]
         groups[line["section"], f"{name}{turned}", precision, line["why"]] += 1
