@@ -78,8 +78,9 @@ class TrainConfig:
     """Momentum in [0, 1) of tail_optimizer sgd. Default: 0.9."""
     tail_weight_decay: float = 0.0
     """Weight decay of the tail, >= 0, as the optimiser defines it."""
-    tail_source: Literal["mean", "plus", "minus"] | None = None
-    """Which pass feeds the tail: the mean of the losses, or the + or - half."""
+    tail_source: Literal["mean", "plus", "minus", "clean"] | None = None
+    """Which pass feeds the tail: the mean of the losses, the + or - half, or a third, unperturbed
+    one (not with int8)."""
     tail_schedule: Schedule | None = None
     """Learning rate of the tail over the steps."""
     tail_warmup: float | None = None
@@ -123,7 +124,8 @@ class TrainConfig:
     b_zo: tuple[int, ...] | None = None
     """int8: bits of an update of the head, in [0, 31]; several as for r_max."""
     b_bp: tuple[int, ...] | None = None
-    """int8: bits of an update of the tail, in [0, 7]; several as for r_max."""
+    """int8: bits of an update of the tail, in [-8, 7]; several as for r_max. Below 0 a weight moves
+    by one unit at the most, and not always."""
     logit_shift: int | None = None
     """int8: the last layer's first weights are divided by 2 to this power, in [0, 16]."""
     loss: Literal["integer", "float"] | None = None

@@ -18,20 +18,27 @@ from zo_kernels.perturbed_weights import INT32_MAX
 # As in the fp32 twin: the smallest BN that holds the outputs of w is taken, else the largest; of
 # its two BM the first that holds the rows of a half, else the last. Depth 32, the least of an int8
 # product: many layers have a multiple of 32 channels. Nothing spills on sm_80, sm_90, sm_100 and
-# gfx942, but 64 columns on sm_100 where x is gathered byte by byte.
+# gfx942. Four warps read x 16 bytes at a time; of eight, sm_80 and gfx942 have products of 64 rows
+# made twice.
 DEPTH = 32
-GATHERED_COLS = 32
 TILES: tuple[Tile, ...] = tuple(
-    Tile(rows, cols, DEPTH, 8, 2) for cols in (16, 32, 64) for rows in (64, 128)
+    Tile(rows, cols, DEPTH, 8 if rows * cols > 4096 else 4, 2)
+    for cols in (16, 32, 64)
+    for rows in (64, 128)
+)
+# Where x is gathered byte by byte, which takes an address each: 128 rows spill with four warps, 64
+# columns on sm_100.
+GATHERED: tuple[Tile, ...] = tuple(
+    Tile(rows, cols, DEPTH, rows // 16, 2) for cols in (16, 32) for rows in (64, 128)
 )
 
 
 def tile_for(rows: int, outputs: int, lines: bool) -> Tile:
     """The tile for halves of `rows` outputs each of `outputs` channels; `lines`: 32 channels of x
     lie in a row."""
-    tiles = [tile for tile in TILES if lines or tile.cols <= GATHERED_COLS]
+    tiles = TILES if lines else GATHERED
     cols = next((tile.cols for tile in tiles if tile.cols >= outputs), tiles[-1].cols)
-    tiles = [tile for tile in tiles if tile.cols == cols]
+    tiles = tuple(tile for tile in tiles if tile.cols == cols)
     return next((tile for tile in tiles if tile.rows >= rows), tiles[-1])
 
 
@@ -222,4 +229,4 @@ def launch(
     )
 
 
-__all__ = ["DEPTH", "GATHERED_COLS", "TILES", "launch", "tile_for"]
+__all__ = ["DEPTH", "GATHERED", "TILES", "launch", "tile_for"]

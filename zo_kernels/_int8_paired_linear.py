@@ -14,10 +14,11 @@ from zo_kernels.perturbed_weights import INT32_MAX
 
 # Tiles with growing BM: the first that holds the rows of a half is taken, else the last. Chosen by
 # arithmetic (not yet measured on a GPU) and by what compiles without spills for sm_80, sm_90,
-# sm_100 and gfx942. 128 columns, and 256 rows of 64 columns, spill on sm_80.
+# sm_100 and gfx942. 128 columns, and 256 rows of 64 columns, spill on sm_80. 64 rows feed four
+# warps: of eight, sm_80 and gfx942 have each product made twice.
 TILES: tuple[Tile, ...] = (
     Tile(16, 32, 128, 4, 3),
-    Tile(64, 64, 128, 8, 2),
+    Tile(64, 64, 64, 4, 2),
     Tile(128, 64, 128, 8, 2),
 )
 # Where rows are read byte by byte, which takes an address each: those above spill on sm_80 and
@@ -29,16 +30,26 @@ RAGGED: tuple[Tile, ...] = (
 )
 
 
-def tile_for(rows: int, ragged: bool) -> Tile:
-    """The tile for halves of `rows`; `ragged`: sizes or addresses are no multiples of 16."""
+def tile_for(rows: int, ragged: bool, along: bool = True) -> Tile:
+    """The tile for halves of `rows`; `ragged`: of operands that are read byte by byte; `along`: the
+    lines of both run along K, as tensor cores read them."""
     tiles = RAGGED if ragged else TILES
-    return next((tile for tile in tiles if tile.rows >= rows), tiles[-1])
+    tile = next((tile for tile in tiles if tile.rows >= rows), tiles[-1])
+    # Other lines are turned in registers, where a third stage would wait: half again as many
+    # instructions, and on sm_100 spills.
+    return tile if along else tile._replace(stages=2)
 
 
 def _is_ragged(x: Tensor, w: Tensor) -> bool:
-    """Triton specialises by these: such a launch moves fewer than 16 bytes at a time."""
-    extents = (*w.shape, *(s for t in (x, w) for s in t.stride() if s != 1))
-    return any(n % 16 for n in (*extents, x.data_ptr(), w.data_ptr()))
+    """Whether a line of x or w, along which memory runs, has a length, a distance to the next one
+    or an address that is no multiple of 16.
+
+    Triton specialises by these: such a launch reads fewer than 16 bytes at a time. How many outputs
+    a weight `[N, K]` has counts only where its lines run along them: else it shows in stores alone.
+    """
+    lengths = [t.shape[0] if t.stride(0) == 1 else t.shape[1] for t in (x, w)]
+    strides = [s for t in (x, w) for s in t.stride() if s != 1]
+    return any(n % 16 for n in (*lengths, *strides, x.data_ptr(), w.data_ptr()))
 
 
 @jit
@@ -168,8 +179,8 @@ def launch(
 ) -> None:
     """Launch over whole queries, or over one half alone."""
     (N, K), M = w.shape, acc.shape[0] // count
-    tile = tile_for(M, _is_ragged(x, w))
     s_x, s_w = x.stride(), w.stride()
+    tile = tile_for(M, _is_ragged(x, w), s_x[1] == 1 and s_w[1] == 1)
     extents = _extent((M, K), s_x, tile), _extent((N, K), s_w, tile), _extent((M, N), (N, 1), tile)
     blocks = triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.cols)
     _int8_paired_linear_kernel[((count + 1) // 2 * blocks,)](

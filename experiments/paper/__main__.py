@@ -18,6 +18,7 @@ import tyro
 from rich.console import Console
 
 from experiments.accuracy import RESULTS
+from experiments.config import Data
 from experiments.folder import RESULT, read_json
 from experiments.learner import load_data
 from experiments.paper.cells import Cell, needs
@@ -41,6 +42,8 @@ class PaperConfig:
     """Folder of the data sets, in folders of their names or all in it; not needed for smoke."""
     only: tuple[Literal["tuning", "grid", "finetune"], ...] = ()
     """Sections to run, with what they need of others. Default: all."""
+    sets: tuple[Data, ...] = ()
+    """Data sets to run. Default: all of the preset. The results hold what is finished of all."""
     processes: int = 1
     """Runs at a time, >= 1, of one thread each on the CPU."""
     out: Path = Path("runs/paper")
@@ -63,12 +66,15 @@ class Study:
         self.failed: dict[Cell, str] = {}
         self._written = time.monotonic()
 
-    def run(self, sections: tuple[str, ...], processes: int) -> None:
+    def run(self, sections: Sequence[str], sets: Sequence[str], processes: int) -> None:
         """Raises: Stopped after SIGINT or SIGTERM; the results so far are written."""
         self._gather()
+        if self.results:
+            whole = len(self.plan.cells)
+            self.console.print(f"{len(self.results)} of {whole} runs were finished before")
         waves = [
             [cell for cell in wave if cell not in self.results]
-            for wave in self.plan.waves(sections)
+            for wave in self.plan.waves(sections, sets)
         ]
         steps = {cell: self.plan.steps(cell) for wave in waves for cell in wave}
         meter = Meter(steps, processes, self.console)
@@ -80,21 +86,18 @@ class Study:
                 for wave in waves:
                     self._wave(wave, pool, meter)
         finally:
-            path = write(self.plan, self.results, self.failed, self.folder)
+            path = self._write()
             self.console.print(f"written: {path}", markup=False)
 
     def _gather(self) -> None:
-        """Take what was finished before, of every section."""
-        for wave in self.plan.waves(()):
+        """Take what is finished, of every section and set."""
+        for wave in self.plan.waves():
             for cell in wave:
-                if self._lacking(cell) is None:
+                if cell not in self.results and self._lacking(cell) is None:
                     out = self.plan.config(cell, self.results).out
                     assert out is not None
                     if (out / RESULT).exists():
                         self.results[cell] = read_json(out / RESULT)
-        if self.results:
-            whole = len(self.plan.cells)
-            self.console.print(f"{len(self.results)} of {whole} runs were finished before")
 
     def _lacking(self, cell: Cell) -> Cell | None:
         """A run that is needed and not there."""
@@ -116,12 +119,28 @@ class Study:
             self.results[cell] = found
             meter.end(cell, f"{found['test_accuracy']:.2f} %", found)
             if time.monotonic() - self._written > WRITE_EVERY:
-                write(self.plan, self.results, self.failed, self.folder)
-                self._written = time.monotonic()
+                self._write()
+
+    def _write(self) -> Path:
+        """With what another process, of other sets, has finished meanwhile."""
+        self._gather()
+        self._written = time.monotonic()
+        return write(self.plan, self.results, self.failed, self.folder)
 
     def _fail(self, cell: Cell, why: str, meter: Meter) -> None:
         self.failed[cell] = why
         meter.end(cell, f"failed: {why}", None)
+
+
+def _sets(config: PaperConfig) -> list[str]:
+    """The data sets to run."""
+    known = [task.data for task in PRESETS[config.preset].tasks]
+    unknown = [name for name in config.sets if name not in known]
+    if unknown:
+        raise ValueError(
+            f"sets of preset {config.preset} must be of {', '.join(known)}, got {unknown[0]!r}"
+        )
+    return [name for name in known if not config.sets or name in config.sets]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -130,10 +149,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(highlight=False, soft_wrap=True)
     try:
         plan = Plan(PRESETS[config.preset], config.data_dir, config.out)
-        for task in plan.preset.tasks:  # a missing file is told before the first run
-            load_data(plan.base(next(c for c in plan.cells if c.data == task.data)))
+        for name in _sets(config):  # a missing file is told before the first run
+            load_data(plan.base(next(c for c in plan.cells if c.data == name)))
         study = Study(plan, config.results, console)
-        study.run(config.only, config.processes)
+        study.run(config.only, config.sets, config.processes)
     except REFUSED as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE_ERROR

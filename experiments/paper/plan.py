@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,14 @@ class Plan:
         self.cells = names.all_cells(preset, labels)
         self._configs: dict[Cell, TrainConfig] = {}
 
-    def waves(self, sections: tuple[str, ...]) -> list[list[Cell]]:
-        """The runs of some sections with all that they need; a wave needs those before it."""
-        wanted = [c for c in self.cells if not sections or _public(c) in sections]
+    def waves(self, sections: Sequence[str] = (), sets: Sequence[str] = ()) -> list[list[Cell]]:
+        """The runs of some sections and data sets (of none given: of all) with all that they need;
+        a wave needs those before it."""
+        wanted = [
+            c
+            for c in self.cells
+            if (not sections or _public(c) in sections) and (not sets or c.data in sets)
+        ]
         chosen = names.with_needs(wanted, self.cells)
         waves = [[c for c in chosen if c.section in wave] for wave in names.WAVES]
         return [wave for wave in waves if wave]

@@ -28,7 +28,7 @@ class Task:
     """Training samples that tuning learns from."""
     rotations: tuple[float, ...] = ()
     """Angles of the fine-tuning in degrees; it is tuned at the first."""
-    finetune_epochs: int = 2
+    finetune_epochs: int = 1
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Further fields of `TrainConfig` for all runs."""
 
@@ -44,7 +44,7 @@ class Preset:
     tuning_seeds: int = 2
     """Other seeds, of the tuning."""
     candidates: int = 5
-    """Settings tried for each method, arithmetic and set; 1 is no tuning."""
+    """Settings tried for each method, arithmetic and set, 1 to 5; 1 is no tuning."""
     methods: tuple[Method, ...] = METHODS
     arithmetics: tuple[Arithmetic, ...] = ARITHMETICS
     device: str = "cpu"
@@ -63,7 +63,6 @@ DIGITS = Task(
     hold_out=200,
     tune_on=400,
     rotations=(30.0,),
-    finetune_epochs=1,
 )
 MNIST = Task("mnist", "lenet5", 60_000, epochs=6, rotations=(30.0, 45.0))
 FASHION = replace(MNIST, data="fashion-mnist")
@@ -82,8 +81,16 @@ PRESETS: Mapping[str, Preset] = {
         candidates=2,
         methods=("full-zo", "frozen-cls2", "cls2", "full-bp"),
     ),
-    "cpu": Preset("cpu", (MNIST, FASHION)),
-    "gpu": Preset("gpu", (_full_length(MNIST), _full_length(FASHION)), device="cuda", threads=None),
+    "cpu": Preset("cpu", (MNIST, FASHION), seeds=3, tuning_seeds=1, candidates=3),
+    "gpu": Preset(
+        "gpu",
+        (_full_length(MNIST), _full_length(FASHION)),
+        seeds=5,
+        tuning_seeds=2,
+        candidates=5,
+        device="cuda",
+        threads=None,
+    ),
 }
 
 __all__ = ["PRESETS", "Preset", "Task"]

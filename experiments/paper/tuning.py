@@ -16,10 +16,10 @@ from experiments.config import TrainConfig
 from experiments.int8_config import SCHEDULES
 from experiments.paper.cells import WITH_HEAD
 
-# Powers of 2 of (head's rate, tail's rate); the first is the recipe itself.
+# Powers of 2 of (head's rate, tail's rate), by how likely they are; the first is the recipe itself.
 HEAD = ((0, 0), (-1, 0), (1, 0), (-2, 0), (2, 0))
 TAIL = ((0, 0), (0, -1), (0, 1), (0, -2), (0, 2))
-FINE_HEAD = ((0, 0), (-1, 0), (1, 0), (-2, 0), (-3, 0))
+FINE_HEAD = ((0, 0), (-1, 0), (-2, 0), (1, 0), (-3, 0))
 FINE_TAIL = ((0, 0), (0, -1), (0, 1), (0, -2), (0, -3))
 FINE_BOTH = ((0, 0), (0, 1), (-2, 1), (-2, 0), (-3, 1))
 LEAST_BITS, MOST_BITS = next((low, high) for name, low, high, _ in SCHEDULES if name == "b_bp")

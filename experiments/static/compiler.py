@@ -26,7 +26,7 @@ from experiments.static.machine import (
     parse_amdgcn,
     parse_sass,
 )
-from experiments.static.roofline import predict
+from experiments.static.roofline import predict, repeats
 from experiments.static.sources import digest
 
 GPUS = {
@@ -101,6 +101,7 @@ def _instructions(config: Config, target: str, program: Program) -> dict[str, An
         "stores": sum(n for op, n in accesses.items() if op in stores),
         "stores_16": sum(n for op, n in accesses.items() if op in wide & stores),
         "tensor": sorted(op for op in program.opcodes if TENSOR.match(op)),
+        "repeats": repeats(config.constants, config.warps, loop),
         "noise_instructions": _per_noise(config, target, outside, loop),
         "opcodes": grouped(program.opcodes),
         "outside": grouped(outside),

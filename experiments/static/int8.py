@@ -1,4 +1,4 @@
-"""The shipped configurations of the integer kernels."""
+"""The shipped configurations of the integer kernels that multiply no matrices."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from importlib import import_module
 from typing import Any
 
 from experiments.static.config import Config
-from experiments.static.int8_products import products
 from zo_kernels._int8 import ROUNDINGS
 from zo_kernels._layout import PER_CALL
 
 PER = PER_CALL["sparse_int8"]
 WALK = "inner s_row s_outer s_inner"
+HALVES, ELEMENTS, BATCH = 2, 1 << 24, 256  # for which time is predicted; elements of a half
 
 
 def _module(name: str) -> Any:
@@ -27,6 +27,16 @@ def _suffix(flat: bool, int64: bool) -> str:
     return f"{'flat' if flat else 'general'}{'-int64' if int64 else ''}"
 
 
+def _elements(module: Any, halves: int, bytes_each: int) -> dict[str, int]:
+    """The problem of a kernel whose programs walk a block of a half each."""
+    return {
+        "halves": halves,
+        "elements": ELEMENTS,
+        "bytes": halves * ELEMENTS * bytes_each,
+        "programs": halves * ELEMENTS // module.BLOCK,
+    }
+
+
 def int8_range(int64: bool = False) -> Config:
     module = _module("int8_range")
     pointers = {"acc_ptr": "*i32", "bits_ptr": "*i32"}
@@ -37,7 +47,7 @@ def int8_range(int64: bool = False) -> Config:
         {"INT64": int64, "BLOCK": module.BLOCK},
         (*pointers, "elements"),
         module.WARPS,
-        problem={"halves": 2, "elements": 1 << 24},
+        problem=_elements(module, HALVES, 4),
     )
 
 
@@ -61,80 +71,84 @@ def int8_requantize(rounding: str, flat: bool, int64: bool = False) -> Config:
         },
         (*pointers, "elements", "s_half", "t_half") if flat else tuple(pointers),
         module.WARPS,
-        problem={"halves": 2, "elements": 1 << 24},
+        problem=_elements(module, HALVES, 4 + 1),
     )
 
 
 def int8_perturbed_weights(flat: bool, int64: bool = False) -> Config:
+    """Both halves of one query."""
     module = _module("int8_perturbed_weights")
     pointers = {"w_ptr": "*i8", "out_ptr": "*i8", "key_ptr": "*i64"}
     integers = "tensor first_query start stop p0 magic shift r_max elements cols padded_cols "
     integers += f"{WALK} t_row t_outer t_inner half_stride"
     return Config(
-        f"int8_perturbed_weights-sparse_int8-int8-{_suffix(flat, int64)}",
+        f"int8_perturbed_weights-{_suffix(flat, int64)}",
         module._int8_perturbed_weights_kernel,
         pointers | _integers(integers),
         {"QUERIES": 1, "PER": PER, "FLAT": flat, "INT64": int64, "BLOCK": module.BLOCK},
         (*pointers, "elements", "half_stride") if flat else tuple(pointers),
         module.WARPS,
-        problem={"elements": 1 << 24},
+        problem=_elements(module, 1, 1 + HALVES) | {"noise": module.BLOCK},
     )
 
 
 def int8_update(rounding: str, int64: bool = False) -> Config:
-    module = _module("int8_update")
+    """Time is predicted for one query, along the path of flat weights."""
+    module, table = _module("int8_update"), _module("_table")
     pointers = {"table_ptr": "*i64", "block_ptr": "*i32", "key_ptr": "*i64", "g_ptr": "*i32"}
     return Config(
-        f"int8_update-sparse_int8-{rounding}{'-int64' if int64 else ''}",
+        f"int8_update-{rounding}{'-int64' if int64 else ''}",
         module._int8_update_kernel,
         pointers | _integers("queries p0 magic shift r_max s"),
-        {
-            "ROUNDING": ROUNDINGS[rounding],
-            "PER": PER,
-            "INT64": int64,
-            "BLOCK": _module("_table").BLOCK,
-        },
+        {"ROUNDING": ROUNDINGS[rounding], "PER": PER, "INT64": int64, "BLOCK": table.BLOCK},
         tuple(pointers),
         2 * module.WARPS if int64 else module.WARPS,
-        problem={"elements": 1 << 24, "queries": 1},
+        problem=_elements(table, 1, 2) | {"turns": 1, "noise": table.BLOCK},
     )
+
+
+def _logits(classes: int, tile: tuple[int, int], read: int, written: int) -> dict[str, int]:
+    """The problem of a loss; `read`, `written`: bytes of a logit, and what else there is."""
+    return {
+        "halves": HALVES,
+        "batch": BATCH,
+        "classes": classes,
+        "bytes": HALVES * BATCH * classes * read + 8 * BATCH + written,
+        "programs": HALVES * -(-BATCH // tile[0]),
+        "turns": -(-classes // tile[1]),
+    }
 
 
 def integer_cross_entropy(classes: int, fraction_bits: int = 12, int64: bool = False) -> Config:
     module = _module("integer_cross_entropy")
-    rows, cols = module.tile(classes, 256)
+    tile = module.tile(classes, BATCH)
     pointers = {"logits_ptr": "*i8", "exponent_ptr": "*i32"}
     pointers |= {"target_ptr": "*i64", "losses_ptr": "*i64"}
     return Config(
         f"integer_cross_entropy-{classes}-F{fraction_bits}{'-int64' if int64 else ''}",
         module._cross_entropy_kernel,
         pointers | _integers("blocks batch classes"),
-        {"F": fraction_bits, "INT64": int64, "BM": rows, "BN": cols},
+        {"F": fraction_bits, "INT64": int64, "BM": tile[0], "BN": tile[1]},
         (*pointers, "batch"),
         module.WARPS,
-        problem={"halves": 2, "batch": 256, "classes": classes},
+        problem=_logits(classes, tile, 1, 8 * HALVES),
     )
 
 
 def integer_softmax_error(classes: int, rounding: str, fraction_bits: int = 12) -> Config:
     module = _module("integer_softmax_error")
-    rows, cols = module.tile(classes, 256)
+    tile = module.tile(classes, BATCH)
     pointers = {"logits_ptr": "*i8", "exponent_ptr": "*i32", "target_ptr": "*i64"}
     pointers |= {"key_ptr": "*i64", "out_ptr": "*i8", "total_ptr": "*i32"}
+    constants = {"ROUNDING": ROUNDINGS[rounding], "F": fraction_bits, "INT64": False}
     return Config(
         f"integer_softmax_error-{classes}-F{fraction_bits}-{rounding}",
         module._softmax_error_kernel,
         pointers | _integers("blocks batch classes tensor query"),
-        {
-            "ROUNDING": ROUNDINGS[rounding],
-            "F": fraction_bits,
-            "INT64": False,
-            "BM": rows,
-            "BN": cols,
-        },
+        constants | {"BM": tile[0], "BN": tile[1]},
         (*pointers, "batch"),
         module.WARPS,
-        problem={"halves": 2, "batch": 256, "classes": classes},
+        problem=_logits(classes, tile, 2, 4 * HALVES),
     )
 
 
@@ -148,7 +162,7 @@ def integer_projected_sign() -> Config:
         {"BLOCK": module.BLOCK},
         tuple(pointers),
         1,
-        problem={"queries": 1},
+        problem={"queries": 1, "bytes": 2 * 8 + 4, "programs": 1},
     )
 
 
@@ -162,7 +176,7 @@ def configs(target: str) -> Iterator[Config]:
     yield int8_update("stochastic")
     yield integer_cross_entropy(10)
     yield integer_softmax_error(10, "stochastic")
-    yield from products(target)
+    yield integer_projected_sign()
     if target == "cuda-90":
         yield int8_range(int64=True)
         yield int8_requantize("pseudo", flat=True)
@@ -175,7 +189,15 @@ def configs(target: str) -> Iterator[Config]:
         yield integer_cross_entropy(10, fraction_bits=0)
         yield integer_cross_entropy(1000, fraction_bits=16, int64=True)
         yield integer_softmax_error(1000, "nearest")
-        yield integer_projected_sign()
 
 
-__all__ = ["configs"]
+__all__ = [
+    "configs",
+    "int8_perturbed_weights",
+    "int8_range",
+    "int8_requantize",
+    "int8_update",
+    "integer_cross_entropy",
+    "integer_projected_sign",
+    "integer_softmax_error",
+]

@@ -21,11 +21,12 @@ class Peaks:
     Data-sheet values; a benchmark that has measured its own passes them in.
     """
 
-    # NVIDIA H200 data sheet: 4.8 TB/s of HBM3e; 989 TFLOP/s of dense bf16 and 494.7 of tf32 (half
-    # of the values printed, which are with sparsity).
+    # NVIDIA H200 data sheet: 4.8 TB/s of HBM3e; 989 TFLOP/s of dense bf16, 494.7 of tf32 and 1,979
+    # of int8 (half of the values printed, which are with sparsity).
     memory: float = 4.8e12  # bytes a second
     bf16: float = 989e12  # operations a second, two for a multiply-add
     tf32: float = 494.7e12
+    int8: float = 1979e12
     # NVIDIA H100 architecture white paper: 132 multiprocessors (SXM), boost 1.98 GHz; four
     # schedulers in each, a warp instruction a clock each. 67 TFLOP/s of fp32 are
     # 132 x 128 lanes x 2 x 1.98 GHz: four warp instructions a clock, the limit of issue.
@@ -54,19 +55,41 @@ PIPES = {
 }
 
 
+# Products of a warp by the first word of their shape, as sm_80 writes it: rows, columns, depth.
+SHAPES = {"16832": (16, 8, 32), "16816": (16, 8, 16), "1688": (16, 8, 8), "1684": (16, 8, 4)}
+MFMA = {"i8": "int8", "bf16": "bf16", "xf32": "tf32", "f32": "fp32"}
+
+
 def tensor_operations(opcode: str) -> tuple[str, float] | None:
-    """Dtype and operations of one warp's product, or None; a wgmma serves four warps."""
-    match = re.match(r"(HGMMA|HMMA)\.(\w+)", opcode)
-    if match is None:
-        return None
-    shape = match.group(2)
-    if match.group(1) == "HGMMA":
-        m, n, k = map(int, shape.split("x"))
+    """Dtype and operations of one warp's product, or None; a wgmma serves four warps.
+
+    Of sm_100's UTC*MMA the shape stands in a descriptor: None.
+    """
+    if match := re.match(r"v_mfma_[fi]32_(\d+)x(\d+)x(\d+)_?(\w+)", opcode):
+        m, n, k = map(int, match.groups()[:3])
+        return MFMA[match.group(4)], 2.0 * m * n * k
+    if match := re.match(r"[HI]GMMA\.(\d+)x(\d+)x(\d+)\b", opcode):
+        m, n, k = map(int, match.groups())
         count = 2 * m * n * k / 4
+    elif match := re.match(r"[HI]MMA\.(\d+)\b", opcode):
+        m, n, k = SHAPES[match.group(1)]
+        count = 2.0 * m * n * k
     else:
-        sizes = {"16816": 16, "1688": 8, "1684": 4}
-        count = 2.0 * 16 * 8 * sizes[shape]
-    return ("tf32" if ".TF32" in opcode else "bf16"), count
+        return None
+    return ("int8" if opcode.startswith("I") else "tf32" if ".TF32" in opcode else "bf16"), count
+
+
+def repeats(constants: Mapping[str, Any], warps: int, loop: Mapping[str, int]) -> float | None:
+    """How often a program makes the products of its tile in a turn of the main loop.
+
+    1, or 3 for the three of tf32x3; more where warps that are too many make the same ones. None
+    where there are no products, or opcodes do not tell their size.
+    """
+    made = [n * product[1] for op, n in loop.items() if (product := tensor_operations(op))]
+    if not made:
+        return None
+    tile = float(constants["BM"] * constants["BN"] * constants["BK"])
+    return round(sum(made) * warps / ((4 if constants["PAIR"] else 2) * tile), 3)
 
 
 def predict(
@@ -110,4 +133,4 @@ def predict(
     }
 
 
-__all__ = ["H200", "Peaks", "predict", "tensor_operations"]
+__all__ = ["H200", "Peaks", "predict", "repeats", "tensor_operations"]

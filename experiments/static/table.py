@@ -28,6 +28,8 @@ FIELDS = {
     "outside": "opcodes that a warp executes outside of the main loop, on the way with the most "
     "16-byte accesses",
     "loads, stores": "instructions that access global memory; `_16`: 16 bytes a thread",
+    "repeats": "how often a program makes the products of its tile: 1, with tf32x3 3; more where "
+    "its warps are too many (sm_100: not told by opcodes)",
     "noise_instructions": "of a thread for an element of z: all instructions of a turn of the main "
     "loop (without a loop: all that are executed), loads, rounding and products included, over the "
     "elements that a thread makes there",

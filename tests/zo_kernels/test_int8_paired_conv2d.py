@@ -137,7 +137,7 @@ def test_launch_does_not_show(pool: bool, device: Any, monkeypatch: pytest.Monke
     given = {"padding": 1, "pool": pool}
     want = expected(x, w, **given)
     monkeypatch.setattr(module, "INT32_MAX", 0)
-    for numbers in (*module.TILES[::2], (32, 16, 64, 4, 2)):
+    for numbers in (*module.TILES[::2], module.GATHERED[1], (32, 16, 64, 4, 2)):
         tile = module.Tile(*numbers)
         monkeypatch.setattr(module, "tile_for", lambda *_, tile=tile: tile)
         assert_same(run(x, w, "triton", **given), want)
@@ -147,12 +147,12 @@ def test_launch_does_not_show(pool: bool, device: Any, monkeypatch: pytest.Monke
 @needs_triton
 def test_a_tile_holds_rows_and_outputs_or_is_the_largest() -> None:
     module = importlib.import_module("zo_kernels._int8_paired_conv2d")
-    assert list(module.TILES) == sorted(module.TILES, key=lambda t: (t.cols, t.rows))
-    for lines, most in ((True, 64), (False, module.GATHERED_COLS)):
+    for lines, tiles, most in ((True, module.TILES, 64), (False, module.GATHERED, 32)):
+        assert list(tiles) == sorted(tiles, key=lambda t: (t.cols, t.rows))
         for rows in (0, 1, 64, 65, 128, 129, 10**6):
             for outputs in (1, 16, 17, 33, 64, 512):
                 tile = module.tile_for(rows, outputs, lines)
-                assert tile in module.TILES and tile.depth == module.DEPTH
+                assert tile in tiles and tile.depth == module.DEPTH
                 assert min(outputs, most) <= tile.cols <= most
                 assert tile.cols == 16 or tile.cols < 2 * outputs
                 assert tile.rows == (64 if rows <= 64 else 128)

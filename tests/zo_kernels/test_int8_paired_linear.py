@@ -165,10 +165,42 @@ def test_a_tile_holds_the_rows_or_is_the_largest() -> None:
             tile = module.tile_for(rows, ragged)
             assert tile in tiles and (tile.rows >= rows or tile == tiles[-1])
             assert all(t.rows < rows for t in tiles[: tiles.index(tile)])
+            assert module.tile_for(rows, ragged, along=False) == tile._replace(stages=2)
+
+
+@needs_triton
+def test_what_is_read_along_decides_whether_operands_are_ragged() -> None:
+    """Outputs, or rows, that are no multiple of 16 do so only where memory runs along them."""
+    module = importlib.import_module("zo_kernels._int8_paired_linear")
     x, w = int8(4, 64), int8(16, 64)
+    down, across = int8(64, 16).t(), int8(60, 64).t()  # [16, 64] and [64, 60] in columns
     assert not module._is_ragged(x, w)
-    views = ((x[:, 1:], w[:, 1:]), (x, w[:, :60]), (x[1:, 1:], w[1:, 1:]), (x, w[:10]))
+    assert not module._is_ragged(x, w[:10])
+    assert not module._is_ragged(x, down)
+    assert not module._is_ragged(across[:, :50], int8(50, 64).t())
+    views = ((x[:, 1:], w[:, 1:]), (x, w[:, :60]), (x[1:, 1:], w[1:, 1:]))
+    views = (*views, (x, down[:10]), (across[:50], int8(60, 64).t()), (x[:, :60], w[:, :60]))
     assert all(module._is_ragged(*views_of) for views_of in views)
+
+
+@needs_triton
+@pytest.mark.parametrize("view", ["rows", "columns"])
+def test_a_launch_takes_the_tile_of_its_operands(
+    view: str, device: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LeNet's fc1 has 120 outputs of 400 inputs: lines of 400 bytes, read 16 at a time."""
+    module = importlib.import_module("zo_kernels._int8_paired_linear")
+    seen, tile_for = [], module.tile_for
+
+    def spy(*args: Any) -> Any:
+        seen.append(args)
+        return tile_for(*args)
+
+    monkeypatch.setattr(module, "tile_for", spy)
+    x, w = int8(2 * 3, 400, device=device), int8(120, 400, device=device)
+    columns = view == "columns"
+    check(x, w.t().contiguous().t() if columns else w, "triton", noisy=not columns)
+    assert seen == [(3, columns, not columns)]
 
 
 @needs_triton
