@@ -26,8 +26,8 @@ class Task:
     hold_out: int = 5_000
     """Training samples that tuning is tested on."""
     tune_on: int = 55_000
-    """Training samples that tuning learns from: all that are left, since shorter runs choose rates at
-    which a whole run falls (docs/decisions.md)."""
+    """Training samples that tuning learns from: all that are left, since shorter runs choose rates
+    at which a whole run falls (docs/decisions.md)."""
     rotations: tuple[float, ...] = ()
     """Angles of the fine-tuning in degrees, of images alone; it is tuned at the first."""
     finetune_epochs: int = 1
