@@ -172,8 +172,11 @@ BROKEN = {
     "integers, sm_100": ("cuda-100/int8_matmul-tn-64", {"tensor": []}, "needs UTCIMMA, has []"),
     "integers, gfx942": (
         "hip-gfx942/int8_paired_linear-128",
-        {"tensor": ["v_mfma_f32_32x32x8_bf16"], "opcodes": {"s_endpgm": 1}},
-        "needs 2 v_mfma of i8",
+        {
+            "tensor": ["v_mfma_f32_32x32x8_bf16"],
+            "opcodes": {"s_endpgm": 1, "v_mfma_f32_32x32x8_bf16": 8},
+        },
+        "needs 2 v_mfma of i8, has 8 of",
     ),
     "repeated": (
         "cuda-80/int8_paired_linear-64",
