@@ -89,8 +89,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
         **NO_INT8,
         **_places(config, device),
     }
-    filled = {k: v for k, v in filled.items() if getattr(config, k) is None}
-    config = replace(config, **filled)
+    missing = {k: v for k, v in filled.items() if getattr(config, k) is None and k != "scale"}
+    config = replace(config, **missing)
     filled = {
         "tail": tail,
         "scale": _scale(config, tail, dict(recipe.scale)),
@@ -121,8 +121,8 @@ def _resolve_int8(config: TrainConfig) -> TrainConfig:
         recipe["logit_shift"] = 0  # trained logits have their size
     filled = {**recipe, **_places(config, device)}
     filled["batch_norm"] = False if config.model == "pointnet" else None
-    filled = {k: v for k, v in filled.items() if getattr(config, k) is None}
-    config = replace(config, **filled)
+    missing = {k: v for k, v in filled.items() if getattr(config, k) is None and k != "scale"}
+    config = replace(config, **missing)
     filled = {
         "tail": tail,
         "scale": _scale(config, tail, recipe["scale"]),

@@ -39,7 +39,8 @@ class PaperConfig:
     preset: Literal["smoke", "cpu", "gpu"] = "cpu"
     """smoke: the digits, a minute; cpu: hours on two cores; gpu: full length."""
     data_dir: Path | None = None
-    """Folder of the data sets, in folders of their names or all in it; not needed for smoke."""
+    """Folder of the data sets, in folders of their names (modelnet10_hdf5 and
+    modelnet40_ply_hdf5_2048 as published) or all in it; not needed for smoke."""
     only: tuple[Literal["tuning", "grid", "finetune"], ...] = ()
     """Sections to run, with what they need of others. Default: all."""
     sets: tuple[Data, ...] = ()

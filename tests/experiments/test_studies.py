@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from experiments import accuracy, demo, sweep
+from experiments import accuracy, demo, int8_sweep, sweep
 from experiments.accuracy import AccuracyConfig, check_floors, compare
 from experiments.config import TrainConfig
 from experiments.memory import _peak, measure_step
@@ -129,3 +130,26 @@ def test_a_step_holds_at_least_weights_and_activations() -> None:
     least = 4 * weights + 4 * config.batch_size * 6 * 28 * 28
     measured = measure_step(config)
     assert least < measured["bytes"] < 10 * least
+
+
+def test_int8_sweep(tmp_path: Path) -> None:
+    arguments = ["--data", "digits", "--methods", "cls2", "--seeds", "1", "--epochs", "1"]
+    arguments += ["--train-images", "256", "--hold-out", "200"]
+    places = ["--out", str(tmp_path / "runs"), "--results", str(tmp_path)]
+    assert int8_sweep.main([*arguments, *places]) == 0
+    written = json.loads((tmp_path / "int8_sweep_digits.json").read_text())
+    points = written["methods"]["cls2"]["points"]
+    assert next(iter(points)) == "recipe" and "r_max x 2" in points and "b_bp +1" in points
+    assert all(len(point["accuracies"]) == 1 for point in points.values())
+    assert (tmp_path / "int8_sweep_digits.png").stat().st_size > 10_000
+
+
+def test_changes_stay_in_range() -> None:
+    config = resolve(TrainConfig(precision="int8", method="cls2", r_max=(100,), b_bp=(7, 0)))
+    found = int8_sweep.changes(config)
+    assert found["r_max x 2"] == {"r_max": (127,)} and found["b_bp +1"] == {"b_bp": (7, 1)}
+    halved = found["share x 0.5"]["p_zero"]
+    assert config.p_zero is not None
+    assert halved == pytest.approx([(1 + p) / 2 for p in config.p_zero])
+    for change in found.values():
+        resolve(replace(config, **change))  # every one is a valid configuration
