@@ -30,12 +30,27 @@ class Cut:
         tail_modules: names of all modules of the tail, children included.
         tail_parameters, head_parameters: names in `model.named_parameters()`, frozen ones left out.
         everything: whether the whole network is tail ("all", Full BP).
+        tail: what it was resolved from: names, a count or "all".
     """
 
     tail_modules: frozenset[str]
     tail_parameters: tuple[str, ...]
     head_parameters: tuple[str, ...]
     everything: bool
+    tail: tuple[str, ...] | str | int
+
+    @property
+    def named(self) -> str:
+        """The outermost modules of the tail, for people: "fc2, fc3", "all" or "none"."""
+        if self.everything:
+            return "all"
+        found: dict[str, None] = {}
+        for parameter in self.tail_parameters:
+            name = parameter.rpartition(".")[0]
+            while name.rpartition(".")[0] in self.tail_modules:
+                name = name.rpartition(".")[0]
+            found[name] = None
+        return ", ".join(found) or "none"
 
 
 def resolve_cut(model: nn.Module, tail: Tail) -> Cut:
@@ -67,6 +82,7 @@ def resolve_cut(model: nn.Module, tail: Tail) -> Cut:
         tuple(trainable[key] for key, (in_tail, _) in owners.items() if in_tail),
         tuple(trainable[key] for key, (_, in_head) in owners.items() if in_head),
         everything,
+        tail if isinstance(tail, (int, str)) else tuple(tail),
     )
 
 

@@ -122,13 +122,23 @@ def check_losses(losses: Any, halves: int) -> None:
         raise TypeError(f"losses must be floating, got {losses.dtype}")
 
 
-def select_source(losses: Tensor, source: str) -> Tensor:
-    """The scalar that the tail learns from."""
+def select_source(losses: Tensor, source: str | Tensor) -> Tensor:
+    """The scalar that the tail learns from: of these losses, or one given."""
+    if isinstance(source, Tensor):
+        if source.dim() != 0:
+            raise ValueError(f"the loss of a clean pass must be a scalar, got {list(source.shape)}")
+        return source
     if source not in SOURCES:
-        raise ValueError(f"source must be one of {SOURCES}, got {source!r}")
+        raise ValueError(f"source must be one of {SOURCES} or a loss, got {source!r}")
     if source == "mean" or losses.shape[0] == 1:
         return losses.mean()
     return losses[0::2].mean() if source == "plus" else losses[1::2].mean()
+
+
+def all_finite(losses: Tensor, source: str | Tensor = "mean") -> Tensor:
+    """Whether the losses are finite, and that of the clean pass, where there is one: `[]` bool."""
+    finite = torch.isfinite(losses.detach()).all()
+    return finite & torch.isfinite(source.detach()).all() if isinstance(source, Tensor) else finite
 
 
 def projected_gradients(losses: Tensor, eps: Tensor) -> Tensor:
@@ -137,4 +147,4 @@ def projected_gradients(losses: Tensor, eps: Tensor) -> Tensor:
     return (wide[0::2] - wide[1::2]) / (2.0 * eps)
 
 
-__all__ = ["check_losses", "pair_losses", "projected_gradients", "select_source"]
+__all__ = ["all_finite", "check_losses", "pair_losses", "projected_gradients", "select_source"]

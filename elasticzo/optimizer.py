@@ -13,6 +13,7 @@ from torch import Tensor
 
 from elasticzo.deferred import Deferred
 from elasticzo.losses import check_losses, projected_gradients
+from elasticzo.state import address
 from elasticzo.trajectory import TrajectoryLog
 from elasticzo.wrapper import ElasticZO
 from zo_kernels import update_
@@ -241,7 +242,7 @@ class ZOSGD(torch.optim.Optimizer):
         for (name, p), seen in zip(model._head(), model._seen, strict=True):
             if id(p) not in self._known:
                 raise RuntimeError(_REPLACED.format(name))
-            if (id(p), p.data_ptr()) != seen:
+            if (id(p), address(p)) != seen:
                 raise RuntimeError(
                     f"head parameter {name!r} was replaced or moved between the forward and "
                     "zo.step: the losses belong to other weights"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from elasticzo.deferred import Deferred
+from elasticzo.state import has_values
 from zo_kernels import perturbed_weights, stage_
 
 SMALL = 1 << 14  # elements: weights up to this size are staged together, in one launch
@@ -275,7 +276,8 @@ class Pass:
         if self.precision == "tf32" and w.dim() > 1 and halves.dtype == torch.float32:
             half, still = (_tf32(t) for t in (half, still))
             named = "tf32"
-        if w.numel() and (half == still).double().mean() > 0.5:
+        stay = w.numel() - torch.count_nonzero(half != still)  # `sum` would copy to int64
+        if w.numel() and has_values(stay) and stay > 0.5 * w.numel():
             raise ValueError(
                 f"eps={float(self.eps):g} (scale {head.scale:g}) vanishes in {named} for "
                 f"{head.name!r}: more than half of its elements do not move; use a larger eps or a "

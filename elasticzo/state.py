@@ -6,9 +6,20 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 Slot = tuple[nn.Module, str]
 _NOT_READ = torch.zeros(0, dtype=torch.uint8)
+
+
+def address(t: Tensor) -> int:
+    """Where a tensor lies in memory; 0 of one that has shape and no memory."""
+    return 0 if isinstance(t, FakeTensor) else t.data_ptr()
+
+
+def has_values(t: Tensor) -> bool:
+    """Whether there is something to read."""
+    return not (t.is_meta or isinstance(t, FakeTensor))
 
 
 def all_buffers(model: nn.Module) -> list[Slot]:
@@ -88,4 +99,12 @@ def set_generator_state(device: torch.device, state: Tensor) -> None:
         torch.set_rng_state(state)
 
 
-__all__ = ["BufferSnapshot", "Slot", "all_buffers", "generator_state", "set_generator_state"]
+__all__ = [
+    "BufferSnapshot",
+    "Slot",
+    "address",
+    "all_buffers",
+    "generator_state",
+    "has_values",
+    "set_generator_state",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,12 @@ from elasticzo.cut import Tail, resolve_cut
 from elasticzo.deferred import Deferred, flush_others
 from elasticzo.distributed import refuse_sharded, refuse_wrapped
 from elasticzo.engine import UsesGenerator, each_half, run_stacked, taken_over
-from elasticzo.losses import check_losses, select_source
+from elasticzo.losses import all_finite, check_losses, select_source
 from elasticzo.passes import SMALL, Pass
 from elasticzo.plan import build_plan
 from elasticzo.precision import parse_compute_dtype
-from elasticzo.state import BufferSnapshot, Slot, all_buffers
+from elasticzo.settings import check_budget, check_settings
+from elasticzo.state import BufferSnapshot, Slot, address, all_buffers
 from elasticzo.tail import gate_on, tail_optimizer
 from elasticzo.trees import (
     InputsStay,
@@ -29,8 +30,10 @@ from elasticzo.trees import (
     unstack_outputs,
 )
 from elasticzo.verify import DRAWS, circumstances, first_pair
-from zo_kernels import BACKENDS, resolve_backend
-from zo_kernels._lib import MAX_QUERIES, NOISES
+from zo_kernels import resolve_backend
+
+if TYPE_CHECKING:
+    from elasticzo.budget import Candidate
 
 
 class ElasticZO(nn.Module):
@@ -43,7 +46,7 @@ class ElasticZO(nn.Module):
     Args:
         model: any module. Its parameters are shared, never copied; those frozen before stay frozen.
         tail: what backpropagation trains: module names (children included), the number of last
-            Linear / Conv / Embedding layers, 0 (Full ZO) or "all" (Full BP, one pass).
+            Linear / Conv / Embedding layers, 0 (Full ZO), "all" (Full BP, one pass) or "auto".
         eps: perturbation scale.
         noise: "normal" or "rademacher".
         queries: directions a step, Q.
@@ -54,10 +57,14 @@ class ElasticZO(nn.Module):
         compute_dtype: of matrix products and convolutions in the head: a dtype, or "ieee", "tf32",
             "tf32x3" for float32 ones; None is autocast's, or the weight's own.
         scale: {name pattern: s}: perturbs by `eps * s * z`; update and g use the same `s z`.
-        memory_budget, example_input: of tail="auto".
+        memory_budget, example_input: of tail="auto", the largest tail whose training step fits that
+            many bytes: what torch's allocator holds at most, predicted by `elasticzo.memory` for a
+            batch like `example_input` (an input, or a tuple of them). Read it from `cut.tail`.
         path: how a layer of the head is perturbed: "fused" (its kernel makes `z`; where one
             exists), "staged" (its halves are written first), "auto" (the faster one by
             `zo_kernels.paths`), or {name pattern: path}.
+        state_tensors: of tail="auto": tensors that the tail's optimiser keeps for a parameter (Adam
+            2, momentum 1, plain SGD 0).
     Shapes: inputs may be nested; tensors have the batch as dimension 0 or are declared `unbatched`.
     Raises: ValueError, TypeError that name what was expected and what came.
     Source: arXiv:2501.04287, abstract; Spall 1992 for the two-sided estimator.
@@ -78,13 +85,11 @@ class ElasticZO(nn.Module):
         memory_budget: int | None = None,
         example_input: Any = None,
         path: str | Mapping[str, str] = "auto",
+        state_tensors: int = 2,
     ) -> None:
         super().__init__()
-        _check_settings(model, tail, eps, noise, queries, seed, pairing, backend)
-        if memory_budget is not None or example_input is not None:
-            raise ValueError(
-                f"memory_budget and example_input belong to tail='auto', got tail={tail!r}"
-            )
+        check_settings(model, eps, noise, queries, seed, pairing, backend)
+        check_budget(tail, memory_budget, example_input, state_tensors)
         flush_others(model)
         self.module = model
         self._wrapped_modules = list(model.modules())
@@ -96,6 +101,16 @@ class ElasticZO(nn.Module):
         for p in model.parameters():
             if getattr(p, "_elasticzo_head", False):  # frozen by a wrapper before, not by the user
                 p.requires_grad_(True)
+        self.fitted: Candidate | None = None  # what tail="auto" chose
+        if isinstance(tail, str) and tail == "auto":
+            from elasticzo.budget import fit_tail  # it wraps models itself
+
+            how = {"eps": eps, "noise": noise, "queries": queries, "pairing": pairing}
+            how |= {"backend": backend, "compute_dtype": compute_dtype}
+            assert memory_budget is not None
+            wanted = (memory_budget, example_input, state_tensors)
+            self.fitted, scale, path = fit_tail(model, *wanted, scale, path, how)
+            tail = self.fitted.tail
         self.cut = resolve_cut(model, tail)
         self._plan = build_plan(model, self.cut, scale, path)
         if pairing == "stacked" and self._plan.sequence_first and not self.cut.everything:
@@ -188,8 +203,9 @@ class ElasticZO(nn.Module):
         head = sum(p.numel() for p in self.head_parameters())
         tail = sum(p.numel() for p in self.tail_parameters())
         return (
-            f"head={head} parameters (ZO), tail={tail} (BP), eps={self.eps:g}, noise={self.noise}, "
-            f"queries={self.queries}, pairing={self.effective_pairing}, backend={self.backend}"
+            f"head={head} parameters (ZO), tail={tail} (BP: {self.cut.named}), eps={self.eps:g}, "
+            f"noise={self.noise}, queries={self.queries}, pairing={self.effective_pairing}, "
+            f"backend={self.backend}"
         )
 
     # ---- the forward
@@ -242,7 +258,7 @@ class ElasticZO(nn.Module):
         self._seen, small = [], []
         for name, p in self._head():
             refuse_sharded(name, p)
-            self._seen.append((id(p), p.data_ptr()))
+            self._seen.append((id(p), address(p)))
             head = self._plan.parameters[name]
             if p.numel() <= SMALL and head.scale != 0.0 and head.still_row is None:
                 small.append((head, p))
@@ -293,11 +309,11 @@ class ElasticZO(nn.Module):
 
     # ---- losses and the tail
 
-    def backward(self, losses: Tensor, source: str = "mean") -> None:
-        """Backpropagate the "mean" of the losses `[2Q]` ("plus" / "minus": of those halves) into
-        the tail, and note on the device whether a loss is not finite."""
+    def backward(self, losses: Tensor, source: str | Tensor = "mean") -> None:
+        """Backpropagate the "mean" of the losses `[2Q]` ("plus" / "minus": of those halves), or the
+        scalar loss of a `clean_forward`, into the tail; note on the device what is not finite."""
         check_losses(losses, self.halves)
-        finite = torch.isfinite(losses.detach()).all()
+        finite = all_finite(losses, source)
         self._found.copy_(torch.maximum(self._found, (~finite).to(torch.float32)))
         self._gated = True
         if not self.cut.tail_parameters:
@@ -364,37 +380,6 @@ class ElasticZO(nn.Module):
     def _ddp_params_and_buffers_to_ignore(self) -> Sequence[str]:
         refuse_wrapped("DistributedDataParallel")
         return []
-
-
-def _check_settings(
-    model: Any,
-    tail: Any,
-    eps: float,
-    noise: str,
-    queries: int,
-    seed: int,
-    pairing: str,
-    backend: str,
-) -> None:
-    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
-        raise TypeError(f"model must be an nn.Module in Python, got {type(model).__name__}")
-    refuse_wrapped(type(model).__name__, model)
-    if isinstance(tail, str) and tail == "auto":
-        raise ValueError(
-            "tail='auto' is not available in this version: give module names or a number of layers"
-        )
-    if not (isinstance(eps, (int, float)) and 0.0 < eps < float("inf")):
-        raise ValueError(f"eps must be a finite number > 0, got {eps!r}")
-    if noise not in NOISES:
-        raise ValueError(f"noise must be one of {NOISES}, got {noise!r}")
-    if not (isinstance(queries, int) and 1 <= queries < MAX_QUERIES):
-        raise ValueError(f"queries must be an integer in [1, 2^24), got {queries!r}")
-    if not (isinstance(seed, int) and 0 <= seed < 1 << 63):
-        raise ValueError(f"seed must be an integer in [0, 2^63), got {seed!r}")
-    if pairing not in ("stacked", "sequential"):
-        raise ValueError(f"pairing must be 'stacked' or 'sequential', got {pairing!r}")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
 
 
 __all__ = ["ElasticZO"]

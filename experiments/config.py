@@ -78,8 +78,9 @@ class TrainConfig:
     """Momentum in [0, 1) of tail_optimizer sgd. Default: 0.9."""
     tail_weight_decay: float = 0.0
     """Weight decay of the tail, >= 0, as the optimiser defines it."""
-    tail_source: Literal["mean", "plus", "minus"] | None = None
-    """Which pass feeds the tail: the mean of the losses, or the + or - half."""
+    tail_source: Literal["mean", "plus", "minus", "clean"] | None = None
+    """Which pass feeds the tail: the mean of the losses, the + or - half, or a third, unperturbed
+    one (not with int8)."""
     tail_schedule: Schedule | None = None
     """Learning rate of the tail over the steps."""
     tail_warmup: float | None = None

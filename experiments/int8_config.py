@@ -54,6 +54,8 @@ def check_int8(config: TrainConfig) -> None:
             raise ValueError(
                 f"{name} belongs to precision fp32 or bf16, got {getattr(config, name)} with int8"
             )
+    if config.tail_source == "clean":
+        raise ValueError("tail_source must be plus, minus or mean with int8, got 'clean'")
     for name, low, high, with_high in SCHEDULES:
         values = getattr(config, name)
         if values is None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from elasticzo import ZOSGD, ElasticZO, TrajectoryLog, pair_losses
@@ -143,7 +144,7 @@ class Learner:
         x, y = self.inputs.train(self.step_index)
         with self._autocast():
             losses = pair_losses(cross_entropy, self.model(x), y)
-        self.model.backward(losses, self.config.tail_source or "mean")
+        self.model.backward(losses, self._tail_source(x, y))
         if self.tail is not None:
             self.tail.step()
             self.tail.zero_grad()
@@ -153,6 +154,16 @@ class Learner:
         finite = torch.isfinite(mean)
         self.sums += torch.stack([torch.where(finite, mean, 0.0), finite.to(torch.float64)])
         self.step_index += 1
+
+    def _tail_source(self, x: Tensor, y: Tensor) -> str | Tensor:
+        """What `model.backward` takes; the third pass is left out where it would feed nothing, or
+        where the one pass is clean."""
+        if self.config.tail_source != "clean":
+            return self.config.tail_source or "mean"
+        if self.tail is None or self.model.halves == 1:
+            return "mean"
+        with self._autocast():
+            return pair_losses(cross_entropy, self.model.clean_forward(x), y)[0]
 
     def rates(self) -> tuple[float, float]:
         """Learning rates of head and tail at the present step."""

@@ -33,14 +33,23 @@ def measure_step(config: TrainConfig) -> dict[str, Any]:
     """Peak bytes of a few training steps of a resolved configuration, and what was measured."""
     data = load_data(config)
     device = torch.device(config.device)
-    if device.type == "cuda":
-        held = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        _steps(config, data)
-        torch.cuda.synchronize(device)
-        peak = torch.cuda.max_memory_allocated(device) - held
-        return {"bytes": peak, "measure": MEASURE_CUDA}
-    return {"bytes": recorded_peak(lambda: _steps(config, data)), "measure": MEASURE_CPU}
+    measure = MEASURE_CUDA if device.type == "cuda" else MEASURE_CPU
+    return {"bytes": peak_of(lambda: _steps(config, data), device), "measure": measure}
+
+
+def peak_of(run: Callable[[], object], device: torch.device) -> int:
+    """The most bytes that torch's allocator holds at once in a second call of `run`, above what was
+    there before."""
+    if device.type != "cuda":
+        return recorded_peak(run)
+    run()  # handles and workspaces of libraries are there before
+    gc.collect()
+    torch.cuda.synchronize(device)
+    held = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - held
 
 
 def recorded_peak(run: Callable[[], object]) -> int:
@@ -76,4 +85,4 @@ def _peak(recorded: Any) -> int:
     return peak
 
 
-__all__ = ["measure_step", "recorded_peak"]
+__all__ = ["measure_step", "peak_of", "recorded_peak"]

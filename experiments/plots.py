@@ -130,6 +130,34 @@ def draw_changes(
     save(plt, figure, path)
 
 
+def draw_elastic(
+    path: Path, title: str, points: Sequence[Mapping[str, Any]], inference: int
+) -> None:
+    """Accuracy, peak memory (measured and predicted) and time of a step over the cut C."""
+    plt = pyplot()
+    figure, (accuracy, memory, time) = plt.subplots(1, 3, figsize=(14, 4))
+    at = [p["cut"] for p in points]
+    means = [sum(p["accuracies"]) / len(p["accuracies"]) for p in points]
+    errors = [standard_error(p["accuracies"]) for p in points]
+    accuracy.errorbar(at, means, errors, marker="o", capsize=3)
+    accuracy.set(ylabel="test accuracy (%)", title=title)
+    for kind, style in (("measured", "o-"), ("predicted", "x--")):
+        memory.plot(at, [p[f"{kind}_bytes"] / 1e6 for p in points], style, label=kind)
+    memory.axhline(inference / 1e6, color="gray", linestyle=":", label="inference (predicted)")
+    memory.set(ylabel="peak memory of a step (MB)", ylim=(0, None))
+    memory.legend()
+    middle = [p["step"]["us"] / 1e3 for p in points]
+    low = [m - p["step"]["us_20"] / 1e3 for m, p in zip(middle, points, strict=True)]
+    high = [p["step"]["us_80"] / 1e3 - m for m, p in zip(middle, points, strict=True)]
+    time.errorbar(at, middle, [low, high], marker="o", capsize=3)
+    time.set(ylabel="time a step (ms, median, 20-80 %)", ylim=(0, None))
+    for axes in (accuracy, memory, time):
+        axes.set_xlabel("cut C: layers that ZO trains (0: Full BP)")
+        axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    save(plt, figure, path)
+
+
 def standard_error(values: Sequence[float]) -> float:
     """Standard error of the mean; 0 of a single value."""
     n = len(values)
@@ -144,6 +172,7 @@ __all__ = [
     "draw_accuracies",
     "draw_changes",
     "draw_curves",
+    "draw_elastic",
     "draw_grids",
     "draw_points",
     "standard_error",

@@ -46,7 +46,8 @@ def in_own_folder(config: TrainConfig, under: Path) -> TrainConfig:
 
 
 @contextmanager
-def _bar(console: Console) -> Iterator[Progress]:
+def bar(console: Console) -> Iterator[Progress]:
+    """A progress bar on a terminal, nothing elsewhere."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -57,15 +58,31 @@ def _bar(console: Console) -> Iterator[Progress]:
         yield progress
 
 
+@contextmanager
+def _lent(progress: Progress) -> Iterator[Progress]:
+    """A bar that goes on; the tasks that were added to it go."""
+    before = set(progress.task_ids)
+    try:
+        yield progress
+    finally:
+        for task in set(progress.task_ids) - before:
+            progress.remove_task(task)
+
+
 def run_all(
-    configs: Mapping[Key, TrainConfig], command: str, console: Console
+    configs: Mapping[Key, TrainConfig],
+    command: str,
+    console: Console,
+    progress: Progress | None = None,
 ) -> dict[Key, dict[str, Any]]:
     """Train every configuration (of `in_own_folder`) that is not finished yet; their results.
 
+    Args:
+        progress: the bar of a command that does other things, too; else one of its own.
     Raises: Interrupted, after which the same study goes on where it stood.
     """
     results = {}
-    with _bar(console) as progress:
+    with bar(console) if progress is None else _lent(progress) as progress:
         whole = progress.add_task("runs", total=len(configs))
         reporter = _Share(progress)
         for done, (key, config) in enumerate(configs.items(), start=1):
@@ -84,4 +101,4 @@ def without_places(config: TrainConfig) -> dict[str, Any]:
     return plain
 
 
-__all__ = ["in_own_folder", "run_all", "without_places"]
+__all__ = ["bar", "in_own_folder", "run_all", "without_places"]

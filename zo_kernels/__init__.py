@@ -5,13 +5,18 @@ a fast CPU twin (numba). `backend=` forces one; `resolve_backend` says which one
 """
 
 from zo_kernels._lib import BACKENDS, resolve_backend
+from zo_kernels.int8_conv2d_gradient import int8_conv2d_gradient
+from zo_kernels.int8_conv2d_max_pool import int8_conv2d_max_pool
+from zo_kernels.int8_gradient_update import int8_gradient_update_
 from zo_kernels.int8_matmul import int8_matmul
 from zo_kernels.int8_paired_conv1d import int8_paired_conv1d
+from zo_kernels.int8_paired_conv1d_max import int8_paired_conv1d_max
 from zo_kernels.int8_paired_conv2d import int8_paired_conv2d
 from zo_kernels.int8_paired_linear import int8_paired_linear
 from zo_kernels.int8_perturbed_weights import int8_perturbed_weights
 from zo_kernels.int8_range import int8_range
 from zo_kernels.int8_requantize import int8_requantize
+from zo_kernels.int8_unpool import int8_unpool
 from zo_kernels.int8_update import int8_update_
 from zo_kernels.integer_cross_entropy import integer_cross_entropy
 from zo_kernels.integer_projected_sign import integer_projected_sign
@@ -30,13 +35,18 @@ from zo_kernels.update import update_
 
 __all__ = [
     "BACKENDS",
+    "int8_conv2d_gradient",
+    "int8_conv2d_max_pool",
+    "int8_gradient_update_",
     "int8_matmul",
     "int8_paired_conv1d",
+    "int8_paired_conv1d_max",
     "int8_paired_conv2d",
     "int8_paired_linear",
     "int8_perturbed_weights",
     "int8_range",
     "int8_requantize",
+    "int8_unpool",
     "int8_update_",
     "integer_cross_entropy",
     "integer_projected_sign",

@@ -5,6 +5,7 @@ A tensor is `(q int8 in [-127, 127], exponent int32)` of value `q * 2^exponent`.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ ERROR_BITS = 23  # a softmax in units of 2^-23, before it is rounded to 2^-7
 ERROR_EXPONENT = -7
 
 
+@lru_cache(maxsize=1024)
 def sparse_constants(p_zero: float, r_max: int) -> tuple[int, int, int]:
     """`(p0, magic, shift)`: for d = 65536 - p0 and every n < 255 d,
     `n // d == (n * magic >> 32) >> shift`. The magic word comes as a signed 32-bit number.

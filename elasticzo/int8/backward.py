@@ -11,13 +11,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from elasticzo.int8.layers import Block, Int8Layer
 from elasticzo.int8.passes import Kept
 from elasticzo.int8.tensor import Int8Tensor
-from zo_kernels import int8_matmul, int8_paired_conv2d, int8_requantize
+from zo_kernels import (
+    int8_conv2d_gradient,
+    int8_matmul,
+    int8_paired_conv2d,
+    int8_requantize,
+    int8_unpool,
+)
 
 Part = tuple[Tensor, Tensor]  # int32 sums and their exponent, []
 MAX_ROWS = 1 << 17  # 127^2 2^17 < 2^31: rows of a product whose sums fit in int32
@@ -51,7 +56,7 @@ def half_gradients(
     for block in reversed(blocks):
         own = kept[block.name]
         layer = block.layer
-        q = _to_accumulators(block, own, q, half, count)
+        q = _to_accumulators(block, own, q, half, count, backend)
         if q.dtype != torch.int8:  # windows that overlap add up
             q, exponent = int8_requantize(q, None, exponent, backend=backend)
         x = part_of(own.x.q, half, count)
@@ -66,14 +71,19 @@ def half_gradients(
     return found
 
 
-def _to_accumulators(block: Block, own: Kept, q: Tensor, half: int, count: int) -> Tensor:
+def _to_accumulators(
+    block: Block, own: Kept, q: Tensor, half: int, count: int, backend: str
+) -> Tensor:
     """From the error of a block's output to that of its accumulators."""
     if block.relu:
-        q = q * (part_of(own.out, half, count) > 0)
+        q = q * part_of(own.out, half, count).clamp_max(1)  # no output is negative
     if block.flatten:
         q = q.reshape(-1, *own.shapes[-1][1:])
     for i in reversed(range(len(block.pools))):
         pool, places = block.pools[i], part_of(own.places[i], half, count)
+        if places.dtype == torch.uint8:
+            q = int8_unpool(q, places, own.shapes[i][2:], backend=backend)
+            continue
         shape = torch.Size((len(q), *own.shapes[i][1:]))
         routed = pool.route(q, places, shape)
         apart = pool.window is None or (
@@ -83,34 +93,26 @@ def _to_accumulators(block: Block, own: Kept, q: Tensor, half: int, count: int) 
     return q
 
 
-def windows(layer: Int8Layer, x: Tensor) -> Tensor:
-    """im2col: `[B, Ci, H, W]` -> `[Ci KH KW, B OH OW]`, int8. Columns last: whole rows of an image
-    are copied, not the few elements of a window's row."""
-    (kh, kw), (ph, pw) = layer.weight2d.shape[2:], layer.padding
-    (sh, sw), (dh, dw) = layer.stride, layer.dilation
-    padded = F.pad(x, (pw, pw, ph, ph))
-    batch, channels, height, width = padded.shape
-    oh = (height - dh * (kh - 1) - 1) // sh + 1
-    ow = (width - dw * (kw - 1) - 1) // sw + 1
-    s_b, s_c, s_h, s_w = padded.stride()
-    view = padded.as_strided(
-        (channels, kh, kw, batch, oh, ow), (s_c, s_h * dh, s_w * dw, s_b, s_h * sh, s_w * sw)
-    )
-    return view.reshape(channels * kh * kw, batch * oh * ow)
-
-
 def weight_gradient(layer: Int8Layer, error: Tensor, x: Tensor, backend: str) -> list[Tensor]:
     """`err^T x`: int32 like the weight; more than one where int32 could not hold the sum."""
     if not layer.convolution:
-        columns = x.t()
-    else:
-        if layer.weight.ndim == 3:
-            error, x = error.unsqueeze(2), x.unsqueeze(2)
-        columns = windows(layer, x)
-        error = error.permute(0, 2, 3, 1).flatten(0, 2)
-    parts = zip(torch.split(error, MAX_ROWS), torch.split(columns, MAX_ROWS, 1), strict=True)
-    products = [int8_matmul(part, e, backend=backend)[0] for e, part in parts]
-    return [g.t().reshape(layer.weight.shape) for g in products]
+        if len(x) <= MAX_ROWS:
+            return [int8_matmul(error.t(), x, backend=backend)[0]]
+        parts = zip(torch.split(error, MAX_ROWS), torch.split(x, MAX_ROWS), strict=True)
+        return [int8_matmul(e.t(), part, backend=backend)[0] for e, part in parts]
+    if layer.weight.ndim == 3:
+        error, x = error.unsqueeze(2), x.unsqueeze(2)
+    images = max(1, MAX_ROWS // error[0, 0].numel())
+    return [
+        int8_conv2d_gradient(
+            *(e, part, layer.weight2d.shape[2:]),
+            stride=layer.stride,
+            padding=layer.padding,
+            dilation=layer.dilation,
+            backend=backend,
+        ).reshape(layer.weight.shape)
+        for e, part in zip(torch.split(error, images), torch.split(x, images), strict=True)
+    ]
 
 
 def input_error(
@@ -125,9 +127,16 @@ def input_error(
         error = error.unsqueeze(2)
     height, width = (1, x.shape[2]) if flat else (x.shape[2], x.shape[3])
     flipped = w.flip(2, 3).transpose(0, 1).contiguous()
-    spread = _spread(layer, error, height, width)
+    (kh, kw), (ph, pw), (dh, dw) = w.shape[2:], layer.padding, layer.dilation
+    padding = (dh * (kh - 1) - ph, dw * (kw - 1) - pw)
+    if layer.stride != (1, 1) or min(padding) < 0:
+        error, padding = _spread(layer, error, height, width), (0, 0)
     acc, bits = int8_paired_conv2d(
-        spread, flipped, None, start=0, stop=1, dilation=layer.dilation, backend=backend
+        *(error, flipped, None),
+        stop=1,
+        padding=padding,
+        dilation=layer.dilation,
+        backend=backend,
     )
     return (acc.squeeze(2) if flat else acc), bits.reshape(())
 

@@ -11,7 +11,15 @@ from torch import Tensor
 from elasticzo.int8.layers import Block
 from elasticzo.int8.network import Int8Network
 from elasticzo.int8.tensor import Int8Tensor
-from zo_kernels import int8_paired_conv2d, int8_paired_linear, int8_range, int8_requantize
+from zo_kernels import (
+    int8_conv2d_max_pool,
+    int8_paired_conv1d_max,
+    int8_paired_conv2d,
+    int8_paired_linear,
+    int8_range,
+    int8_requantize,
+)
+from zo_kernels._conv import Geometry, conv_size
 
 
 @dataclass(frozen=True)
@@ -29,7 +37,7 @@ class Kept:
     x: Int8Tensor  # its input; exponents [halves]
     out: Tensor  # its output, int8: what is 0 there passes no ReLU
     shapes: list[torch.Size]  # of the accumulators, before each pool
-    places: list[Tensor]  # of the maxima of each pool
+    places: list[Tensor]  # of the maxima of each pool; uint8 of windows 2 x 2
 
 
 @dataclass
@@ -135,19 +143,37 @@ class Forward:
         shapes: list[torch.Size],
     ) -> tuple[Tensor, Tensor]:
         """Accumulators after ReLU and pooling, and their bits."""
-        layer = block.layer
+        layer, pools = block.layer, block.pools
+        geometry: dict[str, Any] = {
+            "stride": layer.stride,
+            "padding": layer.padding,
+            "dilation": layer.dilation,
+        }
+        if keeps and key is None and len(pools) == 1 and pools[0].fusible:
+            acc, bits, where = int8_conv2d_max_pool(
+                *(x.q, layer.weight, settings["stop"] - settings["start"]),
+                relu=block.relu,
+                backend=self.backend,
+                **geometry,
+            )
+            size = conv_size(x.q.shape[2:], layer.weight.shape[2:], Geometry(**geometry))
+            shapes += [torch.Size((*acc.shape[:2], *size)), acc.shape]
+            places.append(where)
+            return acc, bits
         flat = layer.weight.ndim == 3
-        pools = list(block.pools)
+        if flat and not keeps and len(pools) == 1 and pools[0].window is None:
+            line = {name: pair[1] for name, pair in geometry.items()}
+            return int8_paired_conv1d_max(
+                x.q, layer.weight, key, relu=block.relu, **line, **settings
+            )
         fused = not keeps and not flat and bool(pools) and pools[0].fusible
         acc, bits = int8_paired_conv2d(
             x.q.unsqueeze(2) if flat else x.q,
             layer.weight2d,
             key,
-            stride=layer.stride,
-            padding=layer.padding,
-            dilation=layer.dilation,
             relu=block.relu,
             pool=fused,
+            **geometry,
             **settings,
         )
         if flat:

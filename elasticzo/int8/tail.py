@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from zo_kernels import int8_range, int8_requantize
-from zo_kernels._int8 import LIMIT, ROUNDINGS
+from zo_kernels import int8_gradient_update_
+from zo_kernels._int8 import ROUNDINGS
 
 if TYPE_CHECKING:
     from elasticzo.int8.wrapper import ElasticZOInt8
@@ -56,18 +54,15 @@ class Int8Tail:
                     "bp.step without model.backward since the last step (zo.step ends a step: it "
                     "comes last)"
                 )
-            bits = int8_range(gradient, backend=model.backend)
-            update, _ = int8_requantize(
+            int8_gradient_update_(
+                w,
                 gradient,
-                bits + (7 - self._b_bp),  # requantising shifts by bits - 7
-                model._zero,
+                b_bp=self._b_bp,
                 rounding=self.rounding,
                 key=model._key,
                 tensor=model._layer(name).tensor,
                 backend=model.backend,
             )
-            moved = w.to(torch.int16) - update
-            w.copy_(moved.clamp_(-LIMIT, LIMIT))
 
     def zero_grad(self) -> None:
         """Forget a backward that no step used."""

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elasticzo.state import has_values
+
 LIMIT = 127
 # Of weights and inputs. Exponents of activations are sums of them and of shifts: far within int32.
 MIN_EXPONENT, MAX_EXPONENT = -64, 64
@@ -125,7 +127,7 @@ def check_input(x: Any, device: torch.device) -> None:
         raise ValueError(f"x must be on {device}, got {x.q.device} and {x.exponent.device}")
     if x.q.ndim < 2 or len(x.q) == 0:
         raise ValueError(f"x must have shape [B, ...], B > 0, got {list(x.q.shape)}")
-    if device.type == "cpu":
+    if device.type == "cpu" and has_values(x.q):
         check_range("the exponent of x", int(x.exponent))
         if x.q.numel() and int(x.q.amin()) < -LIMIT:
             raise ValueError("q of x must be in [-127, 127], got -128")

@@ -254,16 +254,30 @@ def test_where_the_tail_gradient_comes_from(source: str) -> None:
     model, x = toy(eps=0.1)
     a, c = model.module.a.weight, model.module.c.weight
     z = z_of(0, 0, (4, 3))
+    losses = pair_losses(smooth_loss, model(x))
     if source == "clean":
-        pair_losses(smooth_loss, model.clean_forward(x)).mean().backward()
+        model.backward(losses, pair_losses(smooth_loss, model.clean_forward(x)).mean())
     else:
-        model.backward(pair_losses(smooth_loss, model(x)), source=source)
+        model.backward(losses, source=source)
     got = c.grad
     signs = {"plus": [0.1], "minus": [-0.1], "mean": [0.1, -0.1], "clean": [0.0]}[source]
     leaf = c.detach().clone().requires_grad_()
     parts = [smooth_loss(torch.tanh(x @ (a + s * z).t()) @ leaf.t()) for s in signs]
     (torch.stack(parts).mean()).backward()
     torch.testing.assert_close(got, leaf.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_a_clean_loss_that_is_not_finite_skips_head_and_tail() -> None:
+    model, x = toy(eps=0.1)
+    zo, sgd = ZOSGD(model, lr=0.1), model.tail_optimizer(torch.optim.SGD, lr=0.1)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    losses = pair_losses(smooth_loss, model(x))
+    clean = pair_losses(smooth_loss, model.clean_forward(x))[0]
+    model.backward(losses, clean * float("nan"))
+    sgd.step()
+    zo.step(losses)
+    assert zo.skipped == 1
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 def test_full_bp_is_one_pass_and_the_same_loop() -> None:

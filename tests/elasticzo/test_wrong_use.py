@@ -42,7 +42,6 @@ X, Y = torch.zeros(5, 4), torch.tensor([0, 1, 2, 0, 1])
         ({"tail": -1}, ValueError, r"must be in 0..3 for this model, got -1"),
         ({"tail": True}, TypeError, r"tail must be a list of module names.*got True"),
         ({"tail": 1.5}, TypeError, r"tail must be .*got 1.5"),
-        ({"tail": "auto"}, ValueError, r"tail='auto' is not available"),
         ({"memory_budget": 10}, ValueError, r"belong to tail='auto', got tail=\['c'\]"),
         ({"eps": 0.0}, ValueError, r"eps must be a finite number > 0, got 0.0"),
         ({"eps": float("nan")}, ValueError, r"eps must be a finite number > 0, got nan"),
@@ -157,6 +156,8 @@ def test_backward_checks_losses_and_source() -> None:
         model.backward([1.0, 2.0])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"source must be one of .* got 'both'"):
         model.backward(losses, source="both")
+    with pytest.raises(ValueError, match=r"clean pass must be a scalar, got \[1\]"):
+        model.backward(losses, pair_losses(F.cross_entropy, model.clean_forward(X), Y))
     with pytest.raises(ValueError, match="no gradient to the tail"):
         model.backward(losses.detach())
 

@@ -36,6 +36,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"b_bp": (8,)}, r"b_bp must be in \[-8, 7\], got 8"),
     ({"fraction_bits": 17}, r"fraction_bits must be in \[0, 16\], got 17"),
     ({"logit_shift": -1}, r"logit_shift must be in \[0, 16\], got -1"),
+    ({"tail_source": "clean"}, "tail_source must be plus, minus or mean with int8, got 'clean'"),
     ({"scale": {"fc3.*": 1.0}}, r"scale must match parameters of the head \(conv1.weight, conv2"),
     ({"precision": "fp32", "b_bp": (3,)}, r"b_bp belongs to precision int8, got \(3,\) with fp32"),
 ]

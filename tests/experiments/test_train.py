@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from dataclasses import fields, replace
@@ -216,6 +217,19 @@ def test_options_of_the_tail_and_the_head(start: Start) -> None:
     )  # fmt: skip
     assert result["config"]["tail_momentum"] == 0.9 and result["config"]["clip"] == "inf"
     assert result["skipped"] == 0 and result["test_accuracy"] > 10.0
+
+
+def test_a_clean_pass_feeds_the_tail(small: TrainConfig) -> None:
+    config = resolve(replace(small, tail_source="clean", tail_optimizer="sgd", tail_lr=0.1))
+    taught = learner.Learner(config, learner.load_data(config))
+    plain = copy.deepcopy(taught.model.module)
+    x, y = taught._batch()
+    cross_entropy(plain(x), y).backward()  # of the weights before the step, unperturbed
+    rate = taught.rates()[1]
+    taught.step()
+    for name in ("weight", "bias"):
+        before, after = getattr(plain.fc3, name), getattr(taught.model.module.fc3, name)
+        torch.testing.assert_close(after, before - rate * before.grad, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("method", ["full-zo", "cls2", "full-bp"])

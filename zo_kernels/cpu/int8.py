@@ -21,6 +21,7 @@ from zo_kernels._int8 import (
 from zo_kernels._layout import Layout, groups_per_row, layout_of
 from zo_kernels.cpu.int8_kernels import (
     cross_entropy,
+    gradient_update,
     perturb_int8,
     range_flat,
     requantize_flat,
@@ -33,12 +34,12 @@ from zo_kernels.reference.integer_projected_sign import integer_projected_sign
 from zo_kernels.reference.noise import MASK, PURPOSES
 from zo_kernels.reference.perturbed_weights import empty_halves
 
-NO_WORDS = np.zeros(0, np.int64)
+NO_WORDS, NO_EXPONENT = np.zeros(0, np.int64), np.zeros(1, np.int32)
 
 
 def _memory(t: Tensor, extent: int | None = None) -> Any:
     """Memory from the first element on as a flat numpy array."""
-    return t.detach().as_strided((t.numel() if extent is None else extent,), (1,)).numpy()
+    return t.as_strided((t.numel() if extent is None else extent,), (1,)).numpy()
 
 
 def _counters(key: Tensor, tensor: int, query: int) -> tuple[np.uint64, ...]:
@@ -80,23 +81,37 @@ def int8_requantize(
 ) -> tuple[Tensor, Tensor]:
     if bits is None:
         bits = int8_range(acc, halves=halves)
-    count = halves or 1
-    shift = (bits.reshape(-1) - 7).clamp(0, 31).expand(count)
-    total = exponent.reshape(-1) + shift
-    if weight_exponent is not None:
-        total = total + weight_exponent.reshape(-1)
     noise = rounding_words(half_shape(acc.shape, halves), key, rounding, tensor, query, sample)
     words = NO_WORDS if noise is None else noise.contiguous().view(-1).numpy()
     source = acc if dense(acc) and noise is None else acc.contiguous()
     q = torch.empty_like(source, dtype=torch.int8)
-    size = (count, acc.numel() // count)
-    parts = zip(
-        _memory(source).reshape(size), _memory(q).reshape(size), shift.tolist(), strict=True
-    )
-    for x, y, s in parts:
-        requantize_flat(x, y, s, ROUNDINGS[rounding], words, 0 if relu else -127)
+    total = torch.empty(() if halves is None else (halves,), dtype=torch.int32)
+    added = NO_EXPONENT if weight_exponent is None else weight_exponent.reshape(-1).numpy()
+    exponents = (bits.reshape(-1).numpy(), exponent.reshape(-1).numpy(), added)
+    where = (_memory(source), _memory(q), *exponents, total.reshape(-1).numpy())
+    settings = (ROUNDINGS[rounding], words, 0 if relu else -127)
+    requantize_flat(*where, *settings)
     out = q if source is acc else torch.empty_like(acc, dtype=torch.int8).copy_(q)
-    return out, total.squeeze(0) if halves is None else total
+    return out, total
+
+
+@torch.no_grad()
+def int8_gradient_update_(
+    w: Tensor,
+    gradient: Tensor,
+    *,
+    b_bp: int,
+    rounding: str = "pseudo",
+    key: Tensor | None = None,
+    tensor: int = 0,
+) -> None:
+    noise = rounding_words(w.shape, key, rounding, tensor, 0, sample)
+    words = NO_WORDS if noise is None else noise.contiguous().view(-1).numpy()
+    target = w.contiguous()
+    flat = target.view(-1).numpy(), gradient.contiguous().view(-1).numpy()
+    gradient_update(*flat, b_bp, ROUNDINGS[rounding], words)
+    if target is not w:
+        w.copy_(target)
 
 
 def int8_perturbed_weights(
@@ -190,6 +205,7 @@ def integer_softmax_error(
 
 
 __all__ = [
+    "int8_gradient_update_",
     "int8_perturbed_weights",
     "int8_range",
     "int8_requantize",

@@ -19,9 +19,11 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 i8, i32, u8 = np.int8, np.int32, np.uint8
-LANES = 16  # channels of a panel
+LANES = 16  # channels of a panel, of `zo_kernels.cpu.int8_pack`
 SLACK = 64  # bytes that may be read, never used, beyond an image
 ZERO = 128  # what a 0 becomes
+WINDOWS, ALL = 1, 2  # maxima: of windows 2 x 2, of all positions
+POINTS = 64  # positions whose sums stay in cache on the way to their maximum
 
 BYTE, WORD, LONG = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 WORDS = ir.VectorType(WORD, LANES)
@@ -109,22 +111,59 @@ def _move(typing_context, x, at, out, out_at):
 
 
 @intrinsic
-def _maxima(typing_context, x, at, below, out, out_at):
-    """The largest of a window: of 16 words of `x`, the 16 behind them, and those `below` both."""
+def _finish(typing_context, x, count, relu, tops, n):
+    """ReLU of `x` [count, 16] in place, where asked; `tops` [n .. n + 15] rise to `|x| - 1`."""
+
+    def generate(context, builder, signature, args):
+        data = context.make_array(x)(context, builder, args[0]).data
+        p_top = _vector(context, builder, signature, args, 3)
+        zero, one = ir.Constant(WORDS, [0] * LANES), ir.Constant(WORDS, [1] * LANES)
+        top = cgutils.alloca_once_value(builder, builder.load(p_top, align=4))
+        with cgutils.for_range(builder, args[1]) as loop:
+            p_x = builder.gep(data, [builder.mul(loop.index, LONG(LANES))])
+            p_x = builder.bitcast(p_x, WORDS.as_pointer())
+            words = builder.load(p_x, align=4)
+            rectified = builder.select(builder.icmp_signed("<", words, zero), zero, words)
+            words = builder.select(args[2], rectified, words)
+            builder.store(words, p_x, align=4)
+            # ~x of a negative x, so that the smallest int32 is no trap
+            negative = builder.icmp_signed("<", words, zero)
+            less = builder.select(negative, builder.not_(words), builder.sub(words, one))
+            best = builder.load(top)
+            larger = builder.icmp_signed(">", less, best)
+            builder.store(builder.select(larger, less, best), top)
+        builder.store(builder.load(top), p_top, align=4)
+        return context.get_dummy_value()
+
+    return types.void(x, types.int64, types.boolean, tops, types.int64), generate
+
+
+@intrinsic
+def _maxima(typing_context, x, at, below, out, out_at, places):
+    """The largest of a window: of 16 words of `x`, the 16 behind them, and those `below` both; and
+    in `places` the first of the four that is as large."""
 
     def generate(context, builder, signature, args):
         p_x = builder.bitcast(_vector(context, builder, signature, args, 0), WORD.as_pointer())
-        best = None
-        for distance in (LONG(0), LONG(LANES), args[2], builder.add(args[2], LONG(LANES))):
+        best = place = None
+        distances = (LONG(0), LONG(LANES), args[2], builder.add(args[2], LONG(LANES)))
+        for i, distance in enumerate(distances):
             p_words = builder.bitcast(builder.gep(p_x, [distance]), WORDS.as_pointer())
-            words = builder.load(p_words, align=4)
-            if best is not None:
-                words = builder.select(builder.icmp_signed(">", words, best), words, best)
-            best = words
+            words, here = builder.load(p_words, align=4), ir.Constant(WORDS, [i] * LANES)
+            if best is None:
+                best, place = words, here
+                continue
+            larger = builder.icmp_signed(">", words, best)
+            best, place = builder.select(larger, words, best), builder.select(larger, here, place)
         builder.store(best, _vector(context, builder, signature, args, 3), align=4)
+        p_places = builder.gep(
+            context.make_array(places)(context, builder, args[5]).data, [args[4]]
+        )
+        p_places = builder.bitcast(p_places, ir.VectorType(BYTE, LANES).as_pointer())
+        builder.store(builder.trunc(place, ir.VectorType(BYTE, LANES)), p_places, align=1)
         return context.get_dummy_value()
 
-    return types.void(x, types.int64, types.int64, out, types.int64), generate
+    return types.void(x, types.int64, types.int64, out, types.int64, places), generate
 
 
 @njit(inline="always")
@@ -149,31 +188,6 @@ def _row(width, x, at, step, offsets, w, w_at, first, first_at, out, out_at):
         else:
             _block(1, x, x_at, step, offsets, w, w_at, first, first_at, out, to)
         done += size
-
-
-@njit(nogil=True, cache=True)
-def pack(w, shape, panels, first):
-    """Weights `[N, runs * length]` as panels of 16 channels: `[N / 16, steps, 16, 4]`, each run
-    filled up to whole steps with zeros; and the sums `first` [16 (N / 16)] that undo the 128."""
-    channels, runs, length = shape
-    per_run = (length + 3) // 4
-    steps = runs * per_run
-    for n in range(channels):
-        row = w[n * runs * length : (n + 1) * runs * length]
-        total = i32(0)
-        for k in range(row.shape[0]):
-            total = i32(total + i32(row[k]))
-        first[n] = i32(-ZERO * total)
-        place = n // LANES * steps * 4 * LANES + n % LANES * 4
-        if length % 4 == 0:
-            words, to = row.view(np.int32), panels[place:].view(np.int32)
-            for q in range(steps):
-                to[q * LANES] = words[q]
-        else:
-            for run in range(runs):
-                for j in range(length):
-                    q = run * per_run + j // 4
-                    panels[place + q * 4 * LANES + j % 4] = row[run * length + j]
 
 
 @njit(inline="always")
@@ -206,22 +220,6 @@ def _fill(image, plain, x, at, size, strides, pad, padded_w):
 
 
 @njit(inline="always")
-def _rectify(values, relu):
-    """In place where asked; returns the largest `|x| - 1`."""
-    largest = i32(0)
-    if relu:
-        for i in range(values.shape[0]):
-            v = max(values[i], i32(0))
-            values[i] = v
-            largest = max(largest, v)
-        return max(i32(largest - i32(1)), i32(0))
-    for i in range(values.shape[0]):
-        v = values[i]
-        largest = max(largest, i32(~v) if v < 0 else i32(v - i32(v > 0)))
-    return largest
-
-
-@njit(inline="always")
 def _scatter(sums, height, width, out, at, channels, strides):
     """Sums `[height, width, 16]` to where they belong: `channels` of the 16."""
     s_n, s_h, s_w = strides
@@ -251,55 +249,137 @@ def _scatter(sums, height, width, out, at, channels, strides):
                     out[p + i * s_w] = row[i]
 
 
-@njit(nogil=True, cache=True)
-def convolve(x, x_walk, size, geometry, grid, panels, first, offsets, out, out_walk, after, span):
-    """A convolution by the weights of some halves; returns the largest `|x| - 1` of each.
+@njit(inline="always")
+def _scatter_places(places, height, width, out, at, channels, strides):
+    """Bytes `[height, width, 16]` to where they belong: `channels` of the 16."""
+    s_n, s_h, s_w = strides
+    lines, wide = height, width
+    if s_h == width * s_w:  # rows follow each other: one long row
+        lines, wide = 1, height * width
+    for n in range(channels):
+        for h in range(lines):
+            p = at + n * s_n + h * s_h
+            row = places[h * wide * LANES + n : (h + 1) * wide * LANES : LANES]
+            if s_w == 1:
+                to = out[p : p + wide]
+                for i in range(to.shape[0]):
+                    to[i] = row[i]
+            else:
+                for i in range(wide):
+                    out[p + i * s_w] = row[i]
 
-    `x`, `out`: flat views of memory. `x_walk`: place of the first image, the strides of an image, a
-    channel, a row, a column; `out_walk`: place, strides of a half, an image, a channel, a row, a
-    column. `size` = (channels, height, width) of an image, `geometry` = (stride, padding) as pairs,
-    `grid` = (channels, height, width) of the convolution before pooling. `panels` [halves, bytes]
-    and `first` [halves, words] by `pack`, `offsets` [steps] of their steps in a padded image.
-    `after` = (relu, pool); `span` = (first image, end, columns of all images): the last image may
-    be narrower.
+
+@njit(inline="always")
+def _raise(best, values, count, begin):
+    """The largest of `count` positions, lane by lane, into `best` [16]."""
+    if begin:
+        best[:] = values[:LANES]
+    for i in range(count):
+        for n in range(LANES):
+            best[n] = max(best[n], values[i * LANES + n])
+
+
+@njit(inline="always")
+def _panel(image, steps, size, offsets, w, w_at, first, n, pool, scratch):
+    """The sums of 16 channels of an image, pooled: `[positions, 16]`. `steps` are the places from
+    row to row and from column to column."""
+    (line, step), (height, width), (sums, pair, places) = steps, size, scratch
+    chunk = POINTS if pool == ALL else width
+    for h in range(height // 2 * 2 if pool == WINDOWS else height):
+        for i in range(0, width, chunk):
+            some, at = min(chunk, width - i), h * line + i * step
+            to = (h % 2 * width if pool == WINDOWS else 0 if pool == ALL else h * width) * LANES
+            _row(some, image, at, step, offsets, w, w_at, first, n, pair if pool else sums, to)
+            if pool == ALL:
+                _raise(sums, pair, some, h == 0 and i == 0)
+        if pool == WINDOWS and h % 2 == 1:
+            for i in range(width // 2):
+                to = (h // 2 * (width // 2) + i) * LANES
+                _maxima(pair, 2 * i * LANES, width * LANES, sums, to, places)
+
+
+def scratch_sizes(
+    size: tuple[int, ...], pad: tuple[int, int], grid: tuple[int, ...], pool: int
+) -> tuple[int, ...]:
+    """Elements of what `convolve` works in: the padded image (bytes), the image while it is turned
+    (bytes), sums (words), sums before pooling (words), places of maxima (bytes)."""
+    (channels, height, width), (high, wide) = size, grid[-2:]
+    image = (height + 2 * pad[0]) * (width + 2 * pad[1]) * channels + SLACK
+    positions = {0: high * wide, WINDOWS: (high // 2) * (wide // 2), ALL: 1}[pool]
+    before = {0: 0, WINDOWS: 2 * wide, ALL: min(POINTS, wide)}[pool]
+    places = positions * LANES if pool == WINDOWS else 0
+    return image, channels * height * width, positions * LANES, before * LANES, places
+
+
+@njit(inline="always")
+def _deliver(found, positions, target, walk, channels, total):
+    """The 16 sums from channel `n` on, of all halves' channels in a row, to where they belong."""
+    (sums, places, n), (out, spots, keep) = found, target
+    (high, broad), (at, s_half, s_n, s_h, s_w) = positions, walk
+    end, c = min(n + LANES, total), n
+    while c < end:
+        half, channel = c // channels, c % channels
+        some, lane = min(end - c, channels - channel), c - n
+        to, strides = at + half * s_half + channel * s_n, (s_n, s_h, s_w)
+        _scatter(sums[lane:], high, broad, out, to, some, strides)
+        if keep:
+            _scatter_places(places[lane:], high, broad, spots, to, some, strides)
+        c += some
+
+
+@njit(nogil=True, cache=True)
+def convolve(
+    x, x_walk, size, geometry, grid, panels, first, offsets, out, out_walk, spots, after, span, room
+):
+    """A convolution by the weights of some halves; returns the largest `|x| - 1` of each, 0 at the
+    least.
+
+    `x`, `out`: flat views of memory; `x_walk` and `out_walk`: strides of a half, an image, a
+    channel, a row, a column. `size` = (channels, height, width) of an image, `geometry` = (stride,
+    padding) as pairs, `grid` = (groups, halves of a group, channels, height, width) of the
+    convolution before pooling: halves of a group read the same images. `panels` and `first` by
+    `pack`, of all groups or one for them all; `offsets` [steps] of their steps in a padded image.
+    `spots`: like `out`, bytes; written where the places of maxima are kept. `after` = (relu, pool,
+    keep places); `span` = (first, end, images of a half, columns of them all): images of all
+    groups in a row; the last one of a half may be narrower. `room` = `scratch_sizes` and as many
+    bytes, words at the end.
     """
-    stride, pad = geometry
-    channels, height, width = grid
-    relu, pool = after
+    (stride, pad), (relu, pool, keep), (sizes, memory) = geometry, after, room
+    groups, together, channels, height, width = grid
     padded_w = size[2] + 2 * pad[1]
-    image = np.full((size[1] + 2 * pad[0]) * padded_w * size[0] + SLACK, ZERO, np.uint8)
-    plain = np.empty(size[0] * size[1] * size[2], np.int8)
-    sums = np.empty(height * width * LANES, np.int32)
-    pair = np.empty(2 * width * LANES, np.int32)
-    steps = offsets.shape[0]
-    largest = np.zeros(panels.shape[0], np.int32)
-    step, line = stride[1] * size[0], stride[0] * padded_w * size[0]
-    for b in range(span[0], span[1]):
-        left = span[2] - b * width
+    words = memory[memory.shape[0] - 4 * (sizes[2] + sizes[3]) :].view(np.int32)
+    image, plain = memory[: sizes[0]], memory[sizes[0] : sizes[0] + sizes[1]].view(np.int8)
+    places = memory[sizes[0] + sizes[1] : sizes[0] + sizes[1] + sizes[4]]
+    scratch = (words[: sizes[2]], words[sizes[2] :], places)
+    image[:] = ZERO
+    steps = (stride[0] * padded_w * size[0], stride[1] * size[0])
+    tops = np.zeros((groups, first.shape[1]), np.int32)
+    for place in range(span[0], span[1]):
+        group, b = place // span[2], place % span[2]
+        left = span[3] - b * width
         wide = min(width, left)
         inside = (size[0], size[1], size[2] if left >= width else left)
-        _fill(image, plain, x, x_walk[0] + b * x_walk[1], inside, x_walk[2:], pad, padded_w)
-        high, broad = (height // 2, wide // 2) if pool else (height, wide)
-        for half in range(panels.shape[0]):
-            w, begin = panels[half], first[half]
-            for n in range(0, channels, LANES):
-                w_at = n * steps * 4
-                for h in range(high):
-                    to = h * broad * LANES
-                    if pool:
-                        for i in range(2):
-                            at, half_at = (2 * h + i) * line, i * wide * LANES
-                            _row(wide, image, at, step, offsets, w, w_at, begin, n, pair, half_at)
-                        for i in range(broad):
-                            _maxima(pair, 2 * i * LANES, wide * LANES, sums, to + i * LANES)
-                    else:
-                        _row(wide, image, h * line, step, offsets, w, w_at, begin, n, sums, to)
-                most = _rectify(sums[: high * broad * LANES], relu)
-                largest[half] = max(largest[half], most)
-                place = out_walk[0] + half * out_walk[1] + b * out_walk[2] + n * out_walk[3]
-                some = min(LANES, channels - n)
-                _scatter(sums, high, broad, out, place, some, out_walk[3:])
+        at = group * x_walk[0] + b * x_walk[1]
+        _fill(image, plain, x, at, inside, x_walk[2:], pad, padded_w)
+        high, broad = (height // 2, wide // 2) if pool == WINDOWS else (height, wide)
+        if pool == ALL:
+            high, broad = 1, 1
+        at = group * together * out_walk[0] + b * out_walk[1]
+        walk = (at, out_walk[0], out_walk[2], out_walk[3], out_walk[4])
+        own = group if group < panels.shape[0] else 0
+        w, begin = panels[own], first[own]
+        for n in range(0, together * channels, LANES):
+            w_at = n * offsets.shape[0] * 4
+            _panel(image, steps, (height, wide), offsets, w, w_at, begin, n, pool, scratch)
+            _finish(scratch[0], high * broad, relu, tops[group], n)
+            found, to = (scratch[0], places, n), (out, spots, keep)
+            _deliver(found, (high, broad), to, walk, channels, together * channels)
+    largest = np.zeros((groups, together), np.int32)
+    for group in range(groups):
+        for n in range(together * channels):
+            half = n // channels
+            largest[group, half] = max(largest[group, half], tops[group, n])
     return largest
 
 
-__all__ = ["LANES", "convolve", "pack"]
+__all__ = ["ALL", "LANES", "SLACK", "WINDOWS", "convolve", "scratch_sizes"]

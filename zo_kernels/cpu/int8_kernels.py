@@ -78,9 +78,21 @@ def clip(x):
 
 
 @njit(nogil=True, cache=True)
-def requantize_flat(acc, out, s, rounding, words, floor):
-    """`out = max(clip(acc / 2^s), floor)`; `words` is read by the stochastic rounding only."""
-    s, floor = u32(s), i32(floor)
+def requantize_flat(acc, out, bits, exponent, weight_exponent, totals, rounding, words, floor):
+    """`out = max(clip(acc / 2^s), floor)` of as many halves as `totals`, their exponents; of the
+    others each may be one for all. `words` is read by the stochastic rounding only."""
+    halves = totals.shape[0]
+    size = acc.shape[0] // halves
+    for h in range(halves):
+        s = min(max(bits[h % bits.shape[0]] - 7, 0), 31)
+        totals[h] = i32(s + exponent[h % exponent.shape[0]])
+        totals[h] = i32(totals[h] + weight_exponent[h % weight_exponent.shape[0]])
+        part = slice(h * size, (h + 1) * size)
+        _requantize(acc[part], out[part], u32(s), rounding, words, i32(floor))
+
+
+@njit(nogil=True, cache=True)
+def _requantize(acc, out, s, rounding, words, floor):
     if rounding == NEAREST:
         for i in range(acc.shape[0]):
             out[i] = i8(max(clip(round_shift(acc[i], s, u32(0), NEAREST)), floor))
@@ -90,6 +102,22 @@ def requantize_flat(acc, out, s, rounding, words, floor):
     else:
         for i in range(acc.shape[0]):
             out[i] = i8(max(clip(round_shift(acc[i], s, u32(words[i]), STOCHASTIC)), floor))
+
+
+@njit(nogil=True, cache=True)
+def gradient_update(w, g, b_bp, rounding, words):
+    """`w = clip(w - clip(g / 2^s))` over flat arrays, `s = bits of g - b_bp`."""
+    s = u32(min(max(range_flat(g) - b_bp, 0), 31))
+    if rounding == NEAREST:
+        for i in range(w.shape[0]):
+            w[i] = i8(clip(i32(i32(w[i]) - clip(round_shift(g[i], s, u32(0), NEAREST)))))
+    elif rounding == PSEUDO:
+        for i in range(w.shape[0]):
+            w[i] = i8(clip(i32(i32(w[i]) - clip(round_shift(g[i], s, u32(0), PSEUDO)))))
+    else:
+        for i in range(w.shape[0]):
+            step = clip(round_shift(g[i], s, u32(words[i]), STOCHASTIC))
+            w[i] = i8(clip(i32(i32(w[i]) - step)))
 
 
 @njit(inline="always")
@@ -183,12 +211,14 @@ def round_run(total, first, count, s, rounding, group, words):
             for k in range(4):
                 j = first + i + k
                 total[j] = round_shift(total[j], s, four[k], STOCHASTIC)
-    elif rounding == PSEUDO:
-        for j in range(first, first + count):
-            total[j] = round_shift(total[j], s, u32(0), PSEUDO)
     else:
-        for j in range(first, first + count):
-            total[j] = round_shift(total[j], s, u32(0), NEAREST)
+        run = total[first : first + count]
+        if rounding == PSEUDO:
+            for j in range(count):
+                run[j] = round_shift(run[j], s, u32(0), PSEUDO)
+        else:
+            for j in range(count):
+                run[j] = round_shift(run[j], s, u32(0), NEAREST)
 
 
 @njit(nogil=True, cache=True)
@@ -306,6 +336,7 @@ def softmax_error(logits, exponent, target, fraction_bits, rounding, words, out)
 
 __all__ = [
     "cross_entropy",
+    "gradient_update",
     "perturb_int8",
     "range_flat",
     "requantize_flat",

@@ -6,7 +6,7 @@ A linear layer is a convolution with a kernel of 1 x 1 over images of one row: i
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -15,15 +15,17 @@ import torch
 from torch import Tensor
 
 from zo_kernels._conv import Geometry, Pair, conv_size, empty_output, geometry
-from zo_kernels._layout import groups_per_row, layout_of
+from zo_kernels._layout import layout_of
 from zo_kernels.cpu.int8 import _counters, _memory, _settings, _walk
-from zo_kernels.cpu.int8_dot import LANES, convolve, pack
-from zo_kernels.cpu.int8_kernels import perturb_int8
+from zo_kernels.cpu.int8_dot import ALL, LANES, WINDOWS, convolve, scratch_sizes
+from zo_kernels.cpu.int8_pack import pack
 from zo_kernels.cpu.ops import _pool
 
 PARALLEL_FROM = 1 << 25  # products: below, a thread's hand-over costs more than it saves
 SAMPLES = 64  # of a linear layer in an "image": they stay in cache
 ONE = Geometry((1, 1), (0, 0), (1, 1))
+NO_SPOTS = torch.empty(0, dtype=torch.uint8)
+NO_NOISE = (np.uint64(0),) * 5
 
 
 class Noise(NamedTuple):
@@ -35,31 +37,6 @@ class Noise(NamedTuple):
     stop: int
     p_zero: float
     r_max: int
-
-
-def _halves(w: Tensor, noise: Noise) -> Any:
-    """`clip(w +- z)` with columns in the order of the noise: `[H, N K]`."""
-    count = noise.stop - noise.start
-    if noise.key is None:
-        flat = w.movedim(1, -1).reshape(1, -1) if w.ndim > 2 else w.reshape(1, -1)
-        return flat.contiguous().numpy().repeat(count, 0)
-    walk = layout_of(w)
-    if walk is None:
-        w = w.contiguous()
-        walk = layout_of(w)
-        assert walk is not None
-    out = np.empty((count, w.numel()), np.int8)
-    to = (walk.cols, walk.inner, walk.cols, walk.inner, 1)
-    groups = walk.rows * groups_per_row(walk.cols, "sparse_int8")
-    rest = (_walk(walk), to, groups, _settings(noise.p_zero, noise.r_max))
-    memory = _memory(w, walk.extent)
-    for query in range(noise.start // 2, (noise.stop + 1) // 2):
-        plus, minus = 2 * query >= noise.start, 2 * query + 1 < noise.stop
-        first = out[2 * query - noise.start + (not plus)]
-        second = out[2 * query + 1 - noise.start] if minus else first
-        words = _counters(noise.key, noise.tensor, query)
-        perturb_int8(memory, first, second, plus, minus, *rest, words)
-    return out
 
 
 @lru_cache(maxsize=1024)
@@ -80,28 +57,56 @@ def _runs(
     return kernel[0] * columns, length, np.array(places, np.int64)
 
 
-def _packed(halves: Any, channels: int, runs: int, length: int) -> tuple[Any, Any]:
+def empty(shape: int | tuple[int, ...], dtype: torch.dtype = torch.int32) -> Any:
+    """Scratch from torch's allocator, where memory is counted, as an array."""
+    return torch.empty(shape, dtype=dtype).numpy()
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype = torch.int32) -> Any:
+    return torch.zeros(shape, dtype=dtype).numpy()
+
+
+def _packed(w: Tensor, noise: Noise, together: int, runs: int, length: int) -> tuple[Any, Any]:
+    """Panels of the halves, `together` of them in a group; without noise one group for all."""
+    walk = layout_of(w)
+    if walk is None:
+        w = w.contiguous()
+        walk = layout_of(w)
+        assert walk is not None
+    count = noise.stop - noise.start
+    groups, channels = count // together, together * walk.rows
+    if noise.key is None:
+        groups, channels, together = 1, walk.rows, 0
     blocks = -(-channels // LANES)
-    size = blocks * runs * ((length + 3) // 4) * 4 * LANES
-    panels = np.zeros((len(halves), size), np.int8)
-    first = np.zeros((len(halves), blocks * LANES), np.int32)
-    for half, panel, sums in zip(halves, panels, first, strict=True):
-        pack(half, (channels, runs, length), panel, sums)
+    panels = zeros((groups, blocks * runs * ((length + 3) // 4) * 4 * LANES), torch.int8)
+    first = zeros((groups, blocks * LANES))
+    words = NO_NOISE if noise.key is None else _counters(noise.key, noise.tensor, 0)
+    pack(
+        *(_memory(w, walk.extent), _walk(walk), (walk.rows, runs, length)),
+        *((noise.start, noise.stop, together), _settings(noise.p_zero, noise.r_max), words),
+        *(panels, first),
+    )
     return panels, first
 
 
-def _extent(t: Tensor) -> int:
-    return 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+def extent(t: Tensor) -> int:
+    """Elements of memory from the first of a tensor to its last."""
+    return _extent(tuple(t.shape), t.stride())
 
 
-def _over_images(images: int, products: int, job: Callable[[int, int], Any]) -> Any:
-    """The largest of what `job(first, end)` gives, over the threads torch uses."""
+@lru_cache(maxsize=4096)
+def _extent(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    return 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+
+
+def over_images(images: int, products: int, job: Callable[[int, int], Any]) -> list[Any]:
+    """What `job(first, end)` gives for the parts of the images: one for each thread torch uses."""
     workers = min(torch.get_num_threads(), images) if products >= PARALLEL_FROM else 1
     if workers < 2:
-        return job(0, images)
+        return [job(0, images)]
     bounds = [images * i // workers for i in range(workers + 1)]
     jobs = [_pool(workers).submit(job, *span) for span in pairwise(bounds)]
-    return np.maximum.reduce([each.result() for each in jobs])
+    return [each.result() for each in jobs]
 
 
 class Images(NamedTuple):
@@ -114,42 +119,61 @@ class Images(NamedTuple):
     columns: int
 
 
+@lru_cache(maxsize=1024)
+def _sizes(
+    size: tuple[int, ...], pad: tuple[int, int], grid: tuple[int, ...], pool: int
+) -> tuple[tuple[int, ...], int]:
+    """`scratch_sizes`, and the bytes they come to: words lie at the end, on a whole word."""
+    sizes = scratch_sizes(size, pad, grid, pool)
+    octets, words = sizes[0] + sizes[1] + sizes[4], sizes[2] + sizes[3]
+    return sizes, -(-octets // 4) * 4 + 4 * words
+
+
+class After(NamedTuple):
+    """What follows the sums: ReLU, maxima (0, WINDOWS or ALL), and where their places go."""
+
+    relu: bool
+    pool: int = 0
+    spots: Tensor = NO_SPOTS
+
+
 def _multiply(
     x: tuple[Tensor, Images],
     out: tuple[Tensor, Images],
-    halves: Any,
+    w: Tensor,
+    noise: Noise,
     kernel: tuple[int, int],
     geo: Geometry,
     shared: bool,
-    relu: bool,
-    pool: bool,
+    after: After,
 ) -> Tensor:
     """Fill `out`, whose size is that before pooling; returns the bits of each half."""
     source, images = x
     target, grid = out
     line = (images.size[2] + 2 * geo.padding[1]) * images.size[0]
     runs, length, offsets = _runs(images.size[0], kernel, geo.dilation, line)
-    panels, first = _packed(halves, grid.size[0], runs, length)
-    memory, to = _memory(source, _extent(source)), _memory(target, _extent(target))
-    s_half, *s_x = images.strides
-    together = len(halves) if shared else 1  # halves that use one copy of an image
-    largest: list[int] = []
-    for half in range(0, len(halves), together):
-        here = slice(half, half + together)
-        job = partial(
-            _span,
-            *(memory, (half * s_half, *s_x), images.size, (geo.stride, geo.padding), grid.size),
-            *(panels[here], first[here], offsets, to, (half * grid.strides[0], *grid.strides)),
-            *((relu, pool), grid.columns),
-        )
-        products = together * grid.columns * grid.size[1] * halves.shape[1]
-        largest += _over_images(images.number, products, job).tolist()
-    return torch.tensor([n.bit_length() for n in largest], dtype=torch.int32)
+    count = noise.stop - noise.start
+    # Perturbed halves that use one copy of an image: their channels lie side by side.
+    together = count if shared and noise.key is not None else 1
+    keep = after.spots.numel() > 0
+    spots = _memory(after.spots, extent(after.spots)) if keep else NO_SPOTS.numpy()
+    sizes, room = _sizes(images.size, geo.padding, grid.size, after.pool)
+    given = (
+        *(_memory(source, extent(source)), images.strides, images.size, (geo.stride, geo.padding)),
+        *((count // together, together, *grid.size),),
+        *_packed(w, noise, together, runs, length),
+        *(offsets, _memory(target, extent(target)), grid.strides, spots),
+        (after.relu, after.pool, keep),
+    )
 
+    def job(first: int, end: int) -> Any:
+        span = (first, end, images.number, grid.columns)
+        return convolve(*given, span, (sizes, empty(room, torch.uint8)))
 
-def _span(*args: Any) -> Any:
-    *rest, columns, begin, end = args
-    return convolve(*rest, (begin, end, columns))  # type: ignore[call-arg]
+    products = count * grid.columns * grid.size[1] * w.numel()
+    found = over_images(count // together * images.number, products, job)
+    largest = found[0] if len(found) == 1 else np.maximum.reduce(found)
+    return torch.tensor([n.bit_length() for n in largest.ravel().tolist()], dtype=torch.int32)
 
 
 def int8_paired_linear(
@@ -170,7 +194,7 @@ def int8_paired_linear(
     out = torch.empty((count * rows, features), dtype=torch.int32)
     if out.numel() == 0 or depth == 0:
         return out.zero_(), torch.zeros(count, dtype=torch.int32)
-    halves = _halves(w, Noise(key, tensor or 0, start, stop, p_zero, r_max))
+    noise = Noise(key, tensor or 0, start, stop, p_zero, r_max)
     wide = min(rows, SAMPLES)
     images = -(-rows // wide)
     s_row, s_col = x.stride()
@@ -178,8 +202,7 @@ def int8_paired_linear(
     source = Images(images, (depth, 1, wide), strides, rows)
     to = (rows * features, wide * features, 1, 0, features)
     target = Images(images, (features, 1, wide), to, rows)
-    given = (halves, (1, 1), ONE, shared, relu, False)
-    return out, _multiply((x, source), (out, target), *given)
+    return out, _multiply((x, source), (out, target), w, noise, (1, 1), ONE, shared, After(relu))
 
 
 def int8_paired_conv2d(
@@ -203,15 +226,68 @@ def int8_paired_conv2d(
     out = empty_output(x, w, count, shared, geo, pool, torch.int32)
     if out.numel() == 0:
         return out, torch.zeros(count, dtype=torch.int32)
-    halves = _halves(w, Noise(key, tensor or 0, start, stop, p_zero, r_max))
-    kernel, images = (w.shape[2], w.shape[3]), out.shape[0] // count
+    noise = Noise(key, tensor or 0, start, stop, p_zero, r_max)
+    after = After(relu, WINDOWS if pool else 0)
+    return out, _convolution(x, w, out, noise, geo, shared, after)
+
+
+def _convolution(
+    x: Tensor,
+    w: Tensor,
+    out: Tensor,
+    noise: Noise,
+    geo: Geometry,
+    shared: bool,
+    after: After,
+) -> Tensor:
+    """Fill `out`, which is not empty; returns its bits."""
+    kernel, images = (w.shape[2], w.shape[3]), out.shape[0] // (noise.stop - noise.start)
     height, width = conv_size(x.shape[2:], kernel, geo)
     size, grid = tuple(x.shape[1:]), (w.shape[0], height, width)
-    strides = (images * x.stride(0), *x.stride())
+    strides = (0 if shared else images * x.stride(0), *x.stride())
     source = Images(images, size, strides, images * width)
     target = Images(images, grid, (images * out.stride(0), *out.stride()), images * width)
-    given = (halves, kernel, geo, shared, relu, pool)
-    return out, _multiply((x, source), (out, target), *given)
+    return _multiply((x, source), (out, target), w, noise, kernel, geo, shared, after)
+
+
+def int8_conv2d_max_pool(
+    x: Tensor,
+    w: Tensor,
+    halves: int = 1,
+    *,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    relu: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    geo = geometry(stride, padding, dilation)
+    acc = empty_output(x, w, halves, False, geo, True, torch.int32)
+    places = torch.empty_like(acc, dtype=torch.uint8)
+    noise, after = Noise(None, 0, 0, halves, 0.0, 1), After(relu, WINDOWS, places)
+    return acc, _convolution(x, w, acc, noise, geo, False, after), places
+
+
+def int8_paired_conv1d_max(
+    x: Tensor,
+    w: Tensor,
+    key: Tensor | None,
+    *,
+    tensor: int | None = None,
+    start: int = 0,
+    stop: int = 2,
+    shared: bool = False,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    p_zero: float = 0.0,
+    r_max: int = 1,
+    relu: bool = False,
+) -> tuple[Tensor, Tensor]:
+    count, geo = stop - start, geometry((1, stride), (0, padding), (1, dilation))
+    x, w = x.unsqueeze(2), w.unsqueeze(2)
+    acc = torch.empty((x.shape[0] * (count if shared else 1), w.shape[0]), dtype=torch.int32)
+    noise, to = Noise(key, tensor or 0, start, stop, p_zero, r_max), acc.unsqueeze(2).unsqueeze(3)
+    return acc, _convolution(x, w, to, noise, geo, shared, After(relu, ALL))
 
 
 def int8_matmul(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -219,4 +295,13 @@ def int8_matmul(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return acc, bits.squeeze(0)
 
 
-__all__ = ["int8_matmul", "int8_paired_conv2d", "int8_paired_linear"]
+__all__ = [
+    "empty",
+    "extent",
+    "int8_conv2d_max_pool",
+    "int8_matmul",
+    "int8_paired_conv1d_max",
+    "int8_paired_conv2d",
+    "int8_paired_linear",
+    "over_images",
+]

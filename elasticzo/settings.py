@@ -1,0 +1,64 @@
+"""Settings of the wrapper: each refusal says what was expected and what came."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from elasticzo.distributed import refuse_wrapped
+from zo_kernels import BACKENDS
+from zo_kernels._lib import MAX_QUERIES, NOISES
+
+
+def check_settings(
+    model: Any,
+    eps: float,
+    noise: str,
+    queries: int,
+    seed: int,
+    pairing: str,
+    backend: str,
+) -> None:
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(f"model must be an nn.Module in Python, got {type(model).__name__}")
+    refuse_wrapped(type(model).__name__, model)
+    if not (isinstance(eps, (int, float)) and 0.0 < eps < float("inf")):
+        raise ValueError(f"eps must be a finite number > 0, got {eps!r}")
+    if noise not in NOISES:
+        raise ValueError(f"noise must be one of {NOISES}, got {noise!r}")
+    if not (isinstance(queries, int) and 1 <= queries < MAX_QUERIES):
+        raise ValueError(f"queries must be an integer in [1, 2^24), got {queries!r}")
+    if not (isinstance(seed, int) and 0 <= seed < 1 << 63):
+        raise ValueError(f"seed must be an integer in [0, 2^63), got {seed!r}")
+    if pairing not in ("stacked", "sequential"):
+        raise ValueError(f"pairing must be 'stacked' or 'sequential', got {pairing!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+
+
+def check_budget(tail: Any, budget: Any, example_input: Any, state_tensors: Any) -> None:
+    """What belongs to tail="auto" is there with it, and with it alone."""
+    automatic = isinstance(tail, str) and tail == "auto"
+    given = [budget is not None, example_input is not None]
+    if not automatic and any(given):
+        raise ValueError(
+            f"memory_budget and example_input belong to tail='auto', got tail={tail!r}"
+        )
+    if automatic and not all(given):
+        raise ValueError(
+            "tail='auto' needs memory_budget (bytes) and example_input (a batch), got "
+            f"memory_budget={budget!r} and example_input={type(example_input).__name__}"
+        )
+    if automatic and (isinstance(budget, bool) or not isinstance(budget, int) or budget <= 0):
+        raise ValueError(f"memory_budget must be a number of bytes > 0, got {budget!r}")
+    check_state_tensors(state_tensors)
+
+
+def check_state_tensors(count: Any) -> None:
+    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+        raise ValueError(f"state_tensors must be an integer >= 0, got {count!r}")
+
+
+__all__ = ["check_budget", "check_settings", "check_state_tensors"]

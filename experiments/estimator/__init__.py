@@ -1,0 +1,1 @@
+"""What the zeroth-order estimator does, by one command: `python -m experiments.estimator`."""

@@ -1,0 +1,103 @@
+"""What the zeroth-order estimator does: `python -m experiments.estimator --data-dir DIR`.
+
+Each section is written when it is done: `estimator_<data>.json` and a picture or two.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+
+import torch
+import tyro
+from rich.console import Console
+
+from experiments.environment import commit, hardware, versions
+from experiments.estimator import cosine, eps, noise, queries, tail
+from experiments.estimator.bench import COMMAND, Bench, Result
+from experiments.estimator.plots import DRAW
+from experiments.estimator.settings import EstimatorConfig
+from experiments.folder import read_json, write_json
+from experiments.study import bar, without_places
+from experiments.train import REFUSED, USAGE_ERROR
+from experiments.training import Interrupted
+
+RUN: dict[str, ModuleType] = {
+    "cosine": cosine,
+    "queries": queries,
+    "noise": noise,
+    "eps": eps,
+    "tail": tail,
+}
+
+
+def result_path(config: EstimatorConfig) -> Path:
+    """Without its ending."""
+    name = f"estimator_{config.data.replace('-', '_')}"
+    return config.results / (f"{name}_reduced" if config.reduced else name)
+
+
+def done_before(path: Path) -> Result:
+    """The sections of an earlier command."""
+    return dict(read_json(path)["sections"]) if path.exists() else {}
+
+
+def run(bench: Bench) -> Path:
+    """Every section that was asked for; the path of the results without its ending."""
+    config = bench.config
+    path = result_path(config)
+    sections = done_before(path.with_suffix(".json"))
+    device = torch.device(bench.short("cls2").device)
+    for name in config.only:
+        start = time.process_time()
+        result = RUN[name].run(bench)
+        sections[name] = result | {
+            "cpu_seconds": round(time.process_time() - start, 1),
+            "seeds": list(range(config.seeds)),
+            "hardware": hardware(device),
+            "versions": versions(),
+            "commit": commit(),
+        }
+        summary = {
+            "command": f"{COMMAND} --data {config.data} --data-dir DIR",
+            "reduced": config.reduced,
+            "sizes": asdict(bench.sizes),
+            "short_runs": {m: without_places(bench.short(m)) for m in ("full-zo", "cls2", "cls1")},
+            "sections": {known: sections[known] for known in RUN if known in sections},
+        }
+        write_json(path.with_suffix(".json"), summary)
+        title = f"LeNet-5, {config.data}{' (REDUCED)' if config.reduced else ''}"
+        DRAW[name](path.with_name(f"{path.name}_{name}.png"), title, result)
+        bench.console.print(f"{name}: done, {sections[name]['cpu_seconds']} s of CPU time")
+    return path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, run, report; the exit status as that of the training command."""
+    config = tyro.cli(EstimatorConfig, args=arguments, prog=COMMAND)
+    console = Console(highlight=False, soft_wrap=True)
+    try:
+        if config.seeds < 1:
+            raise ValueError(f"seeds must be at least 1, got {config.seeds}")
+        torch.set_num_threads(config.threads)
+        with bar(console) as progress:
+            bench = Bench(config, console, progress, progress.add_task("forward passes", total=1))
+            total = sum(RUN[name].passes(bench) for name in config.only)
+            progress.update(bench.whole, total=total)
+            path = run(bench)
+    except REFUSED as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except Interrupted as stop:
+        console.print(f"{stop}; the same command goes on", markup=False)
+        return 128 + stop.signal.value
+    console.print(f"written: {path}.json and .png", markup=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

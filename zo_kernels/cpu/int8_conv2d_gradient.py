@@ -1,0 +1,72 @@
+"""CPU twin of `zo_kernels.int8_conv2d_gradient`: no patches; one pass over images and errors."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zo_kernels._conv import Geometry, Pair, geometry, kernel_size, patches
+from zo_kernels.cpu.int8 import _memory
+from zo_kernels.cpu.int8_correlate import correlate
+from zo_kernels.cpu.int8_dot import LANES, SLACK, ZERO
+from zo_kernels.cpu.int8_products import empty, extent, int8_matmul, over_images
+
+
+@lru_cache(maxsize=256)
+def _places(
+    size: tuple[int, ...], kernel: tuple[int, int], geo: Geometry, grid: tuple[int, ...]
+) -> tuple[Any, Any, int, int]:
+    """Where lines of outputs begin in a padded image, where the steps of pixels lie from there, how
+    many outputs a line has and how far they are apart: columns of the kernel, or, where it has
+    one, channels."""
+    channels, height, width = (n + 2 * p for n, p in zip(size, (0, *geo.padding), strict=True))
+    plane, single = height * width, kernel[1] == 1
+    rows = [u * geo.dilation[0] * width for u in range(kernel[0])]
+    lines = rows if single else [c * plane + row for c in range(channels) for row in rows]
+    columns = range(0, grid[2], 4)
+    steps = [h * geo.stride[0] * width + j for h in range(grid[1]) for j in columns]
+    outputs, apart = (channels, plane) if single else (kernel[1], geo.dilation[1])
+    return torch.tensor(lines).numpy(), torch.tensor(steps).numpy(), outputs, apart
+
+
+def int8_conv2d_gradient(
+    error: Tensor,
+    x: Tensor,
+    kernel: Pair,
+    *,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+) -> Tensor:
+    geo, (kh, kw) = geometry(stride, padding, dilation), kernel_size(kernel)
+    size, grid = tuple(x.shape[1:]), tuple(error.shape[1:])
+    if geo.stride[1] != 1:  # the four pixels of a step are no neighbours
+        rows = error.permute(0, 2, 3, 1).flatten(0, 2)
+        sums, _ = int8_matmul(patches(x, (kh, kw), geo), rows)
+        return sums.t().reshape(grid[0], size[0], kh, kw).contiguous()
+    lines, offsets, outputs, apart = _places(size, (kh, kw), geo, grid)
+    blocks = -(-grid[0] // LANES)
+    given: tuple[Any, ...] = (_memory(x, extent(x)), x.stride(), size, (geo.padding, apart))
+    given += (_memory(error, extent(error)), error.stride(), grid, lines, offsets)
+    padded = size[0] * (size[1] + 2 * geo.padding[0]) * (size[2] + 2 * geo.padding[1])
+
+    def job(first: int, end: int) -> Tensor:
+        sums = torch.zeros((blocks, len(lines) * outputs, LANES), dtype=torch.int32)
+        totals = torch.zeros(blocks * LANES, dtype=torch.int32)
+        rest = (empty(4 * LANES * blocks * len(offsets), torch.int8), empty(outputs * LANES))
+        found = (sums.view(-1).numpy(), totals.numpy(), empty(padded + SLACK, torch.uint8))
+        correlate(*given, *found, rest, (first, end))  # type: ignore[call-arg]
+        return sums - ZERO * totals.view(blocks, 1, LANES)
+
+    products = error.numel() * size[0] * kh * kw
+    total = torch.stack(over_images(len(x), products, job)).sum(0, dtype=torch.int32)
+    total = total.permute(0, 2, 1).reshape(blocks * LANES, -1)[: grid[0]].contiguous()
+    if kw == 1:
+        return total.reshape(grid[0], kh, size[0]).permute(0, 2, 1).unsqueeze(3).contiguous()
+    return total.reshape(grid[0], size[0], kh, kw)
+
+
+__all__ = ["int8_conv2d_gradient"]
