@@ -197,6 +197,26 @@ def test_an_interrupted_study_goes_on(
         assert record["chosen"] in {t["name"] for t in record["tried"]}
 
 
+def test_processes_beside_each_other_stop_and_go_on(tmp_path: Path) -> None:
+    found = plan(TINY, tmp_path)
+    tuning = [c for c in found.cells if c.section == "tuning"]
+    configs = {c: found.config(c, {}) for c in tuning}
+    ticks: list[tuple[Cell, int]] = []
+    beside = pool.Pool(2, "command", lambda *tick: ticks.append(tick))
+    first: dict[Cell, Any] = {}
+    with pytest.raises(pool.Stopped):
+        for cell, (kind, result) in beside.run(configs):
+            assert kind == "done"
+            first[cell] = result
+            os.kill(os.getpid(), signal.SIGINT)  # caught: the runs that go on are stopped
+    assert first and {cell for cell, _ in ticks} <= set(tuning)
+    stamps = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/*/result.json")}
+    again = dict(pool.Pool(1, "command", lambda *tick: None).run(configs))
+    assert {cell: again[cell] for cell in first} == {c: ("done", r) for c, r in first.items()}
+    assert len(again) == len(tuning)
+    assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
+
+
 @pytest.mark.usefixtures("tiny")
 def test_a_failed_run_costs_only_what_needs_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
