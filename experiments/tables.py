@@ -16,6 +16,7 @@ from typing import Any
 
 import tyro
 
+from experiments import int8_tables
 from experiments.paper import documents
 
 ROOT = Path(__file__).parent.parent
@@ -67,6 +68,8 @@ def cost_table() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy_table,
     "cost": cost_table,
+    "int8": lambda: int8_tables.accuracy(RESULTS),
+    "int8-cost": lambda: int8_tables.cost(RESULTS),
     "paper": lambda: documents.accuracies(RESULTS),
     "paper-int8": lambda: documents.integers(RESULTS),
     "claims": lambda: documents.claimed(RESULTS),
@@ -77,7 +80,7 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 # What each document must have; further tables are written where they are.
 DOCUMENTS: Mapping[Path, tuple[str, ...]] = {
-    README: ("cost",),
+    README: ("cost", "int8", "int8-cost"),
     STUDY: ("claims", "floors", "scratch", "finetune", "int8-gap"),
 }
 
