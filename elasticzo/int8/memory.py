@@ -1,7 +1,8 @@
 """How much memory an integer training step will hold, before anything runs.
 
-The same liveness model as `elasticzo.memory`. What numba's kernels allocate for themselves on the
-CPU is not torch's and not counted; a float loss is not counted either.
+The same liveness model as `elasticzo.memory`. The room in which products work on the CPU (packed
+weights, a padded image) is not counted: it shows below about 16 images of LeNet-5, whose
+activations are smaller than a packed layer. A float loss is not counted either.
 """
 
 from __future__ import annotations

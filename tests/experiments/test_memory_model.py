@@ -27,6 +27,7 @@ CASES = [
     Case("lenet5", 256, "full-bp"),
     Case("resnet20", 8, "cls1", "sequential", "adam"),
     Case("vgg11", 8, "cls2", "stacked"),
+    Case("pointnet", 4, "cls1", "stacked", "adam"),
 ]
 
 
@@ -132,13 +133,15 @@ def test_plan_refuses(capsys: pytest.CaptureFixture[str]) -> None:
     assert "budget must be a size like 20MB, 18.5MiB or 4096, got 'much'" in capsys.readouterr().err
     assert plan.main(["--batch-size", "0"]) == 2
     assert "batch_size must be >= 1, got 0" in capsys.readouterr().err
+    assert plan.main(["--model", "resnet20", "--precision", "int8"]) == 2
+    assert "precision int8 takes model lenet5, pointnet, got 'resnet20'" in capsys.readouterr().err
     assert memory_model.main(["--networks", "alexnet"]) == 2
     assert "networks and optimizers must be of" in capsys.readouterr().err
 
 
 def test_grid_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     every = memory_model.cases(memory_model.GridConfig())
-    assert len(every) == len(set(every)) == 3 * 2 * (1 + 2 + 2 * 2 * 2 + 2)
+    assert len(every) == len(set(every)) == 4 * 2 * (1 + 2 + 2 * 2 * 2 + 2)
     monkeypatch.setattr(memory_model, "cases", lambda config: [every[0], every[2]])
     assert memory_model.main(["--results", str(tmp_path)]) == 0
     written = json.loads((tmp_path / "memory_model.json").read_text())
