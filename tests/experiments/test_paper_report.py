@@ -17,8 +17,10 @@ from experiments.paper.cells import Cell
 from experiments.paper.compare import Runs, Scene, accuracy_text, gain_text, mean_of, read_studies
 from experiments.paper.floors import Floor, floors, memory_floors
 from experiments.paper.report import __main__ as command
+from experiments.paper.report import measured
 from experiments.paper.report.blocks import Cell as Marked
 from experiments.paper.report.blocks import Table
+from experiments.paper.report.claims import claims
 from experiments.paper.report.generic import generic_tables
 from experiments.paper.report.others import SOURCES
 from experiments.paper.report.pictures import dots
@@ -263,6 +265,61 @@ def test_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--results", str(tmp_path), "--out", str(out)]) == 2
     assert "step_cpu.json is no JSON" in capsys.readouterr().err
     assert not out.exists()
+
+
+def int8_step() -> dict[str, Any]:
+    """Two methods, one batch."""
+    time = [
+        {
+            "batch": 32,
+            "method": method,
+            "fp32": {"us": 6000.0},
+            "int8": {"us": 2000.0},
+            "speedup": {"median": speedup},
+            "passes": {"speedup": {"median": 3.5}},
+        }
+        for method, speedup in (("full-zo", 3.0), ("cls2", 2.5), ("full-bp", 0.5))
+    ]
+    memory = [
+        {
+            "batch": 32,
+            "method": "cls2",
+            "pairing": "stacked",
+            "fp32": {"measured": 3_000_000, "static": 160},
+            "int8": {"measured": 1_000_000, "static": 100},
+            "ratio": 3.0,
+        }
+    ]
+    return {"command": "x", "clock": "CPU time", "rounds": 9, "time": time, "memory": memory}
+
+
+def test_int8_step(tmp_path: Path) -> None:
+    time, memory = map(rows, measured.int8_step(int8_step()))
+    assert time["ZO-Feat-Cls2, batch 32"] == ["6.00", "2.00", "2.50x", "3.50x"]
+    assert memory["ZO-Feat-Cls2, batch 32, stacked"] == ["3.00", "1.00", "3.00x", "1.60x"]
+    write_json(tmp_path / "int8_step_cpu.json", int8_step())
+    claimed = rows(claims([], tmp_path))
+    assert claimed["time of FP32 over INT8"] == ["1.38 to 1.42x", "2.50 to 3.00x"]  # not Full BP
+    assert claimed["memory of FP32 over INT8"] == ["1.46 to 1.60x", "3.00 to 3.00x"]
+
+
+def test_integer_signs() -> None:
+    found = {"0": {"wrong": 0.1, "zero": 0.02}, "12": {"wrong": 0.0004, "zero": 0.0}}
+    run = {"data": "mnist", "method": "cls1", "batch": 32, "steps": 100, "fraction_bits": found}
+    costs = {"0": 10.4, "12": 11.0, "float64": 50.0}
+    content = {"smallest_fraction_bits": 12, "rows": [run | {"cost_us": costs}]}
+    differ, cost = measured.integer_signs(content)
+    name = "MNIST, ZO-Feat-Cls1, batch 32"
+    assert rows(differ)[name] == ["100", "10.00 / 2.00", "0.04 / 0.00"]
+    assert rows(cost)[name] == ["10", "11", "50"] and "with F = 12" in differ.caption
+
+
+def test_results_of_another_layout_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_json(tmp_path / "breakdown_cpu.json", {"command": "x"})
+    assert command.main(["--results", str(tmp_path), "--out", str(tmp_path / "i.html")]) == 2
+    assert "breakdown_cpu.json is not of a known layout: 'rows' is" in capsys.readouterr().err
 
 
 def test_results_that_nobody_described() -> None:

@@ -92,6 +92,67 @@ def step_cpu(content: Content) -> list[Table]:
     return [Table(["batch", "two plain forwards", "ElasticZO step", "MeZO-style step"], rows)]
 
 
+def int8_step(content: Content) -> list[Table]:
+    """Time of a step and of two passes alone; memory in two models."""
+    time: list[Row] = [
+        [
+            f"{METHOD_TITLES[row['method']]}, batch {row['batch']}",
+            f"{row['fp32']['us'] / 1e3:.2f}",
+            f"{row['int8']['us'] / 1e3:.2f}",
+            f"{row['speedup']['median']:.2f}x",
+            f"{row['passes']['speedup']['median']:.2f}x",
+        ]
+        for row in content["time"]
+    ]
+    memory: list[Row] = [
+        [
+            f"{METHOD_TITLES[row['method']]}, batch {row['batch']}, {row['pairing']}",
+            f"{row['fp32']['measured'] / 1e6:.2f}",
+            f"{row['int8']['measured'] / 1e6:.2f}",
+            f"{row['ratio']:.2f}x",
+            _static_ratio(row),
+        ]
+        for row in content["memory"]
+    ]
+    return [
+        Table(
+            ["step", "FP32 ms", "INT8 ms", "faster", "two passes alone"],
+            time,
+            f"{content['clock']}, medians of {content['rounds']} rounds.",
+        ),
+        Table(
+            ["memory", "FP32 MB", "INT8 MB", "smaller", "smaller, static model"],
+            memory,
+            "Measured peaks of a step, weights and batch included, MB: 10^6 bytes; static: the "
+            "paper's formulas, every buffer held all the time.",
+        ),
+    ]
+
+
+def _static_ratio(row: Content) -> str:
+    floats, integers = row["fp32"]["static"], row["int8"]["static"]
+    return f"{floats / integers:.2f}x" if floats and integers else ""
+
+
+def int8_sweep(content: Content) -> list[Table]:
+    """A table a method: one change of the recipe at a time."""
+    tables = []
+    for method, entry in content["methods"].items():
+        rows: list[Row] = [
+            [change, f"{p['mean']:.2f}" + _error(p["standard_error"])]
+            for change, p in entry["points"].items()
+        ]
+        caption = (
+            f"{METHOD_TITLES[method]}, {content['epochs']} epochs of {content['train_images']}"
+        )
+        tables.append(Table(["change", "held-out %"], rows, f"{caption} images", folded=True))
+    return tables
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None else f" ± {value:.2f}"
+
+
 def integer_signs(content: Content) -> list[Table]:
     """Steps that differ, and the cost of the loss, by F."""
     bits = list(content["rows"][0]["fraction_bits"])
@@ -148,6 +209,8 @@ __all__ = [
     "accuracy",
     "breakdown",
     "elastic",
+    "int8_step",
+    "int8_sweep",
     "integer_loss",
     "integer_signs",
     "memory_model",

@@ -72,6 +72,7 @@ SOURCES = (
         "A step in integers against one in floats",
         "Time and memory of a training step of LeNet-5, INT8 against FP32, in one run.",
         "python -m experiments.benchmarks.int8_step_cpu",
+        measured.int8_step,
     ),
     Source(
         "integer_signs.json",
@@ -96,6 +97,20 @@ SOURCES = (
         "python -m experiments.estimator --data-dir DIR",
         measured.nothing,
         measured.ESTIMATOR,
+    ),
+    Source(
+        "sweep_*.json",
+        "How the float recipes were found",
+        "Held-out accuracy over the head's learning rate and eps.",
+        "python -m experiments.sweep --data-dir DIR",
+        measured.nothing,
+    ),
+    Source(
+        "int8_sweep_*.json",
+        "How the integer recipes were found",
+        "Held-out accuracy of the recipe and of one change at a time.",
+        "python -m experiments.int8_sweep --data-dir DIR",
+        measured.int8_sweep,
     ),
     Source(
         "accuracy_mnist.json",
@@ -130,10 +145,14 @@ def _part(source: Source, path: Path) -> Block | None:
         for picture in sorted(path.parent.glob(f"{path.stem}*.png"))
         if _belongs(picture, path)
     ]
+    try:
+        tables = source.tables(content)
+    except KeyError as error:
+        raise ValueError(f"{path.name} is not of a known layout: {error} is missing") from error
     return Block(
         path.name,
         command=content.get("command", source.command),
-        tables=source.tables(content),
+        tables=tables,
         pictures=pictures,
         made=made_by(content),
     )

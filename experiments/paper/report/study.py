@@ -28,6 +28,11 @@ NOT_ROTATED = (
     "by one angle. Point clouds are not fine-tuned here."
 )
 
+RECIPES = (
+    "This preset does not tune: every method trains with its recipe, the defaults of the training "
+    "command, found on held-out training images (docs/decisions.md; the sweeps are below)."
+)
+
 
 def chapters(runs: Runs) -> list[Block]:
     """All of one results file."""
@@ -37,8 +42,8 @@ def chapters(runs: Runs) -> list[Block]:
     found = [
         Block(
             f"Training from scratch ({name})",
-            ["The control of a method is the same tail on a head that stays random; every method "
-             "was tuned by the same number of trials on held-out training samples."],
+            ["The control of a method is the same tail on a head that stays random.",
+             _how_tuned(runs)],
             parts=[_accuracy_block(runs, scene) for scene in upright],
         ),
         Block(
@@ -51,6 +56,15 @@ def chapters(runs: Runs) -> list[Block]:
         found.append(_integers(runs))
     found.append(_tuning(runs))
     return found
+
+
+def _how_tuned(runs: Runs) -> str:
+    if runs.content["tuning"]:
+        return (
+            "Every method was tuned by the same number of trials on held-out training samples; "
+            "the tuning record is below."
+        )
+    return RECIPES
 
 
 def _accuracy_block(runs: Runs, scene: Scene) -> Block:
@@ -152,7 +166,7 @@ def _tuning(runs: Runs) -> Block:
             "of weights that moves, and bits of the tail's update). Both losses of int8 take the "
             "settings found with the integer one."]  # fmt: skip
     if not tables:
-        text = ["This preset does not tune."]
+        text = [RECIPES]
     return Block(
         f"Tuning record (preset {runs.preset})",
         text,
