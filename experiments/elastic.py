@@ -22,7 +22,7 @@ from elasticzo.budget import cuts
 from elasticzo.memory import inference_memory, training_memory
 from experiments.accuracy import RESULTS
 from experiments.benchmarks.timing import Timings, measure
-from experiments.config import Method, TrainConfig
+from experiments.config import Data, Method, Model, TrainConfig
 from experiments.folder import write_json
 from experiments.learner import Learner, load_data
 from experiments.memory import measure_step
@@ -42,11 +42,11 @@ class ElasticConfig:
     """Accuracy, memory and time over the cut."""
 
     data_dir: Path | None = None
-    """Folder of the image files; not needed for digits."""
-    model: Literal["lenet5", "resnet20"] = "lenet5"
+    """Folder of the data set's files; not needed for digits."""
+    model: Model = "lenet5"
     """Network."""
-    data: Literal["digits", "mnist", "fashion-mnist"] = "mnist"
-    """Image set."""
+    data: Data = "mnist"
+    """Images, or clouds for pointnet."""
     epochs: int | None = None
     """Passes over the training images, >= 1. Default: the training command's."""
     seeds: int = 1
@@ -87,7 +87,7 @@ def configurations(study: ElasticConfig) -> dict[Key, TrainConfig]:
         if getattr(study, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(study, name)}")
     with torch.device("meta"):
-        all_cuts = cuts(build_model(TrainConfig(model=study.model)))
+        all_cuts = cuts(build_model(TrainConfig(model=study.model, data=study.data)))
     layers = len(all_cuts) - 1
     kept = [(c, tail) for c, tail in all_cuts if c % study.every == 0 or c == layers]
     runs: dict[Key, TrainConfig] = {}

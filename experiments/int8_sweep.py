@@ -146,7 +146,8 @@ def summary(
             point["mean"] = sum(values) / len(values)
             point["standard_error"] = standard_error(values) if len(values) > 1 else None
     return {
-        "command": f"python -m experiments.int8_sweep --data {sweep.data} --data-dir DIR",
+        "command": f"python -m experiments.int8_sweep --data {sweep.data} --data-dir DIR"
+        + ("" if sweep.seeds == SweepConfig.seeds else f" --seeds {sweep.seeds}"),
         "tested_on": f"{sweep.hold_out} held-out training images",
         "train_images": sweep.train_images,
         "epochs": sweep.epochs,

@@ -51,7 +51,7 @@ class Config:
     """Methods with a head."""
     batches: tuple[int, ...] = (32, 256)
     """Images a step."""
-    fraction_bits: tuple[int, ...] = (0, 4, 8, 12)
+    fraction_bits: tuple[int, ...] = (0, 4, 8, 9, 10, 11, 12)
     """F to compare, each in [0, 16]; the run itself trains with the recipe's."""
     epochs: int = 6
     """Of each run, >= 1."""

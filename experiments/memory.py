@@ -37,12 +37,13 @@ def measure_step(config: TrainConfig) -> dict[str, Any]:
     return {"bytes": peak_of(lambda: _steps(config, data), device), "measure": measure}
 
 
-def peak_of(run: Callable[[], object], device: torch.device) -> int:
+def peak_of(run: Callable[[], object], device: torch.device, rehearse: bool = True) -> int:
     """The most bytes that torch's allocator holds at once in a second call of `run`, above what was
-    there before."""
+    there before; in the first where the like of it ran already (`rehearse=False`)."""
     if device.type != "cuda":
-        return recorded_peak(run)
-    run()  # handles and workspaces of libraries are there before
+        return recorded_peak(run, rehearse)
+    if rehearse:
+        run()  # handles and workspaces of libraries are there before
     gc.collect()
     torch.cuda.synchronize(device)
     held = torch.cuda.memory_allocated(device)
@@ -52,10 +53,11 @@ def peak_of(run: Callable[[], object], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - held
 
 
-def recorded_peak(run: Callable[[], object]) -> int:
+def recorded_peak(run: Callable[[], object], rehearse: bool = True) -> int:
     """The most bytes that torch's CPU allocator gives out at once in a second call of `run`."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it talks of its own start and stop
-    run()  # compiled and cached things are there before
+    if rehearse:
+        run()  # compiled and cached things are there before
     gc.collect()  # what is freed while recording must have been recorded
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()

@@ -24,7 +24,7 @@ from elasticzo.cut import resolve_cut
 from elasticzo.int8 import ElasticZOInt8, quantize
 from elasticzo.int8.memory import int8_inference_memory, int8_training_memory
 from elasticzo.memory import inference_memory
-from elasticzo.models import VGG11, LeNet5, ResNet20
+from elasticzo.models import VGG11, LeNet5, PointNet, ResNet20
 from experiments.recipes import TAILS
 from experiments.static_memory import sizes, static_bytes
 from experiments.train import REFUSED, USAGE_ERROR
@@ -34,6 +34,11 @@ NETWORKS: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "lenet5": (LeNet5, (1, 28, 28)),
     "resnet20": (lambda: ResNet20(channels=1), (1, 28, 28)),
     "vgg11": (VGG11, (3, 32, 32)),
+    "pointnet": (PointNet, (3, 1024)),
+}
+INT8_NETWORKS: Mapping[str, Callable[[], nn.Module]] = {
+    "lenet5": LeNet5,
+    "pointnet": lambda: PointNet(batch_norm=False),
 }
 STATE_TENSORS = {"sgd": 0, "momentum": 1, "adam": 2}
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
@@ -44,8 +49,9 @@ UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 class PlanConfig:
     """Predicted peak memory of every cut of a network."""
 
-    model: Literal["lenet5", "resnet20", "vgg11"] = "lenet5"
-    """Network; lenet5 and resnet20 take 28x28 grey images, vgg11 32x32 coloured ones."""
+    model: Literal["lenet5", "resnet20", "vgg11", "pointnet"] = "lenet5"
+    """Network; lenet5 and resnet20 take 28x28 grey images, vgg11 32x32 coloured ones, pointnet
+    clouds of 1,024 points (40 classes)."""
     batch_size: int = 64
     """Samples a step, >= 1."""
     method: Literal["full-zo", "cls2", "cls1", "full-bp"] | None = None
@@ -59,7 +65,7 @@ class PlanConfig:
     queries: int = 1
     """Directions a step, Q >= 1."""
     precision: Literal["fp32", "int8"] = "fp32"
-    """fp32, or int8: integers only, for lenet5."""
+    """fp32, or int8: integers only, for lenet5 and pointnet (without BatchNorm)."""
     device: str = "auto"
     """auto (cuda where there is one), cpu, cuda or cuda:<n>."""
 
@@ -96,15 +102,25 @@ def parse_bytes(text: str) -> int:
     return int(float(found[1]) * UNITS[found[2].lower()])
 
 
+def build(config: PlanConfig) -> nn.Module:
+    """The network in the form that the precision needs."""
+    if config.precision == "fp32":
+        return NETWORKS[config.model][0]()
+    if config.model not in INT8_NETWORKS:
+        known = ", ".join(INT8_NETWORKS)
+        raise ValueError(f"precision int8 takes model {known}, got {config.model!r}")
+    return INT8_NETWORKS[config.model]()
+
+
 def make_plan(
     config: PlanConfig, progress: Callable[[list[Any]], Iterator[Any]] = lambda items: iter(items)
 ) -> Plan:
     """Predict every cut; `progress` goes through them."""
     if config.batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {config.batch_size}")
-    build, size = NETWORKS[config.model]
-    net = build().to(_device(config.device))
-    example = torch.zeros(1, device=_device(config.device)).expand(config.batch_size, *size)
+    device = _device(config.device)
+    net = build(config).to(device)
+    example = torch.zeros(1, device=device).expand(config.batch_size, *NETWORKS[config.model][1])
     counted = sizes(net, example)
     found = []
     for cut, tail in progress(cuts(net)):
@@ -143,7 +159,7 @@ def megabytes(count: int) -> str:
 
 def table(config: PlanConfig, plan: Plan) -> Table:
     """A line a cut."""
-    net = NETWORKS[config.model][0]()
+    net = build(config)
     shown = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("C", "BP trains", "parameters", "peak MB", "+ %", "static MB", "+ %", ""):
         justify: Any = "left" if name in ("BP trains", "") else "right"

@@ -134,11 +134,10 @@ def _resolve_int8(config: TrainConfig) -> TrainConfig:
 
 def check(config: TrainConfig) -> None:
     """Raise ValueError for a value out of its range."""
-    hints = typing.get_type_hints(TrainConfig)
-    for f in fields(config):
-        value, choices = getattr(config, f.name), _choices(hints[f.name])
+    for name, choices in _all_choices().items():
+        value = getattr(config, name)
         if choices and value is not None and value not in choices:
-            raise ValueError(f"{f.name} must be one of {', '.join(choices)}, got {value!r}")
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
     for name, low, high, with_low, with_high in RANGES:
         value = getattr(config, name)
         if value is None:
@@ -177,6 +176,13 @@ def _check_clouds(config: TrainConfig) -> None:
                 f"{name} belongs to pointnet and clouds, got {getattr(config, name)} with "
                 f"{config.model!r}"
             )
+
+
+@lru_cache(maxsize=1)
+def _all_choices() -> dict[str, tuple[str, ...]]:
+    """By field; once, since reading annotations takes longer than all checks."""
+    hints = typing.get_type_hints(TrainConfig)
+    return {f.name: _choices(hints[f.name]) for f in fields(TrainConfig)}
 
 
 def _choices(hint: Any) -> tuple[str, ...]:

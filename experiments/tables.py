@@ -1,7 +1,7 @@
-"""The README's tables, made from the committed results: `python -m experiments.tables`.
+"""The documents' tables, made from the committed results: `python -m experiments.tables`.
 
-Text between `<!-- NAME -->` and `<!-- /NAME -->` is written anew; `--check` only says whether it is
-what the results give.
+Text between `<!-- NAME -->` and `<!-- /NAME -->` in README.md and docs/results.md is written anew;
+`--check` only says whether it is what the results give.
 """
 
 from __future__ import annotations
@@ -9,32 +9,28 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tyro
 
+from experiments import int8_tables
+from experiments.paper import documents
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
 README = ROOT / "README.md"
-NAMES = {
-    "full-zo": ("Full ZO", "nothing"),
-    "frozen-cls2": ("control: last FC on a frozen random head", "last FC"),
-    "cls2": ("**ZO-Feat-Cls2**", "last FC"),
-    "frozen-cls1": ("control: last two FC on a frozen random head", "last two FC"),
-    "cls1": ("**ZO-Feat-Cls1**", "last two FC"),
-    "full-bp": ("Full BP", "everything"),
-}
+STUDY = ROOT / "docs" / "results.md"
 
 
 @dataclass(frozen=True)
 class Config:
-    """Write the README's tables from experiments/results."""
+    """Write the tables of README.md and docs/results.md from experiments/results."""
 
     check: bool = False
-    """Change nothing; exit with 1 where the README differs."""
+    """Change nothing; exit with 1 where a document differs."""
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -46,7 +42,7 @@ def accuracy_table() -> str:
     """Test accuracy on MNIST, mean and standard error over the seeds."""
     methods = _read("accuracy_mnist.json")["methods"]
     lines = ["| method | backpropagation trains | test accuracy |", "|---|---|---|"]
-    for key, (title, trained) in NAMES.items():
+    for key, (title, trained) in documents.NAMES.items():
         row = methods[key]
         value = f"{row['mean']:.2f} ± {row['standard_error']:.2f} %"
         lines.append(f"| {title} | {trained} | {value} |")
@@ -69,26 +65,49 @@ def cost_table() -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {"accuracy": accuracy_table, "cost": cost_table}
+TABLES: dict[str, Callable[[], str]] = {
+    "accuracy": accuracy_table,
+    "cost": cost_table,
+    "int8": lambda: int8_tables.accuracy(RESULTS),
+    "int8-cost": lambda: int8_tables.cost(RESULTS),
+    "paper": lambda: documents.accuracies(RESULTS),
+    "paper-int8": lambda: documents.integers(RESULTS),
+    "claims": lambda: documents.claimed(RESULTS),
+    "floors": lambda: documents.kept(RESULTS),
+    "scratch": lambda: documents.scenes(RESULTS, turned=False),
+    "finetune": lambda: documents.scenes(RESULTS, turned=True),
+    "int8-gap": lambda: documents.gaps(RESULTS),
+}
+# What each document must have; further tables are written where they are.
+DOCUMENTS: Mapping[Path, tuple[str, ...]] = {
+    README: ("cost", "int8", "int8-cost"),
+    STUDY: ("claims", "floors", "scratch", "finetune", "int8-gap"),
+}
 
 
-def render(text: str) -> str:
-    """The README with all tables as the results give them."""
+def render(text: str, document: Path = README) -> str:
+    """A document with all its tables as the results give them."""
+    for name in DOCUMENTS[document]:
+        if f"<!-- {name} -->" not in text:
+            raise ValueError(f"{document.name} has no <!-- {name} --> ... <!-- /{name} -->")
     for name, table in TABLES.items():
         found = re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", text, re.DOTALL)
-        if found is None:
-            raise ValueError(f"README.md has no <!-- {name} --> ... <!-- /{name} -->")
-        text = f"{text[: found.start(1)]}{table()}\n{text[found.end(1) :]}"
+        if found is not None:
+            text = f"{text[: found.start(1)]}{table()}\n{text[found.end(1) :]}"
+        elif f"<!-- {name} -->" in text:
+            raise ValueError(f"{document.name}: <!-- {name} --> has no <!-- /{name} -->")
     return text
 
 
 def main(config: Config) -> int:
-    before = README.read_text()
-    after = render(before)
-    if config.check:
-        return int(before != after)
-    README.write_text(after)
-    return 0
+    differs = False
+    for document in DOCUMENTS:
+        before = document.read_text()
+        after = render(before, document)
+        differs |= before != after
+        if not config.check:
+            document.write_text(after)
+    return int(config.check and differs)
 
 
 if __name__ == "__main__":

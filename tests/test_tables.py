@@ -1,13 +1,13 @@
-"""The README's tables are what the committed results give."""
+"""The documents' tables are what the committed results give."""
 
 from __future__ import annotations
 
 import pytest
 
-from experiments.tables import README, Config, main, render
+from experiments.tables import README, STUDY, Config, main, render
 
 
-def test_the_readme_shows_the_committed_results() -> None:
+def test_the_documents_show_the_committed_results() -> None:
     assert main(Config(check=True)) == 0, "run: python -m experiments.tables"
 
 
@@ -18,5 +18,9 @@ def test_a_number_typed_by_hand_is_found() -> None:
 
 
 def test_a_missing_table_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"README.md has no <!-- accuracy -->"):
+    with pytest.raises(ValueError, match=r"README.md has no <!-- cost -->"):
         render("nothing")
+    with pytest.raises(ValueError, match=r"results.md has no <!-- claims -->"):
+        render("nothing", STUDY)
+    with pytest.raises(ValueError, match=r"README.md: <!-- cost --> has no <!-- /cost -->"):
+        render("<!-- cost -->")

@@ -21,8 +21,8 @@ from experiments.accuracy import RESULTS
 from experiments.config import Data
 from experiments.folder import RESULT, read_json
 from experiments.learner import load_data
-from experiments.paper.cells import Cell, needs
-from experiments.paper.plan import Plan
+from experiments.paper.cells import Arithmetic, Cell, needs
+from experiments.paper.plan import Filter, Plan
 from experiments.paper.pool import Pool, Stopped
 from experiments.paper.presets import PRESETS
 from experiments.paper.progress import Meter
@@ -39,11 +39,14 @@ class PaperConfig:
     preset: Literal["smoke", "cpu", "gpu"] = "cpu"
     """smoke: the digits, a minute; cpu: hours on two cores; gpu: full length."""
     data_dir: Path | None = None
-    """Folder of the data sets, in folders of their names or all in it; not needed for smoke."""
+    """Folder of the data sets, in folders of their names (modelnet10_hdf5 and
+    modelnet40_ply_hdf5_2048 as published) or all in it; not needed for smoke."""
     only: tuple[Literal["tuning", "grid", "finetune"], ...] = ()
     """Sections to run, with what they need of others. Default: all."""
     sets: tuple[Data, ...] = ()
     """Data sets to run. Default: all of the preset. The results hold what is finished of all."""
+    arithmetics: tuple[Arithmetic, ...] = ()
+    """Arithmetics to run. Default: all of the preset."""
     processes: int = 1
     """Runs at a time, >= 1, of one thread each on the CPU."""
     out: Path = Path("runs/paper")
@@ -66,15 +69,14 @@ class Study:
         self.failed: dict[Cell, str] = {}
         self._written = time.monotonic()
 
-    def run(self, sections: Sequence[str], sets: Sequence[str], processes: int) -> None:
+    def run(self, wanted: Filter, processes: int) -> None:
         """Raises: Stopped after SIGINT or SIGTERM; the results so far are written."""
         self._gather()
         if self.results:
             whole = len(self.plan.cells)
             self.console.print(f"{len(self.results)} of {whole} runs were finished before")
         waves = [
-            [cell for cell in wave if cell not in self.results]
-            for wave in self.plan.waves(sections, sets)
+            [cell for cell in wave if cell not in self.results] for wave in self.plan.waves(wanted)
         ]
         steps = {cell: self.plan.steps(cell) for wave in waves for cell in wave}
         meter = Meter(steps, processes, self.console)
@@ -152,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in _sets(config):  # a missing file is told before the first run
             load_data(plan.base(next(c for c in plan.cells if c.data == name)))
         study = Study(plan, config.results, console)
-        study.run(config.only, config.sets, config.processes)
+        study.run(Filter(config.only, config.sets, config.arithmetics), config.processes)
     except REFUSED as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE_ERROR

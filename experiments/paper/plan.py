@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,25 @@ from experiments.resolve import resolve
 from experiments.study import in_own_folder
 
 Results = Mapping[Cell, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Which runs to do, by name; of what is empty, all."""
+
+    sections: Sequence[str] = ()
+    sets: Sequence[str] = ()
+    arithmetics: Sequence[str] = ()
+
+    def __call__(self, cell: Cell) -> bool:
+        return (
+            (not self.sections or _public(cell) in self.sections)
+            and (not self.sets or cell.data in self.sets)
+            and (not self.arithmetics or cell.arithmetic in self.arithmetics)
+        )
+
+
+EVERYTHING = Filter()
 
 
 class Plan:
@@ -36,15 +55,9 @@ class Plan:
         self.cells = names.all_cells(preset, labels)
         self._configs: dict[Cell, TrainConfig] = {}
 
-    def waves(self, sections: Sequence[str] = (), sets: Sequence[str] = ()) -> list[list[Cell]]:
-        """The runs of some sections and data sets (of none given: of all) with all that they need;
-        a wave needs those before it."""
-        wanted = [
-            c
-            for c in self.cells
-            if (not sections or _public(c) in sections) and (not sets or c.data in sets)
-        ]
-        chosen = names.with_needs(wanted, self.cells)
+    def waves(self, wanted: Filter = EVERYTHING) -> list[list[Cell]]:
+        """The runs that are wanted with all that they need; a wave needs those before it."""
+        chosen = names.with_needs([c for c in self.cells if wanted(c)], self.cells)
         waves = [[c for c in chosen if c.section in wave] for wave in names.WAVES]
         return [wave for wave in waves if wave]
 

@@ -15,7 +15,7 @@ from experiments.config import TrainConfig
 from experiments.paper import __main__ as command
 from experiments.paper import pool
 from experiments.paper.cells import WAVES, Cell, needs, source
-from experiments.paper.plan import Plan
+from experiments.paper.plan import Filter, Plan
 from experiments.paper.presets import PRESETS, Preset
 from experiments.paper.tuning import candidates, choose
 from experiments.resolve import resolve
@@ -37,7 +37,7 @@ def plan(preset: Preset, out: Path = Path("runs"), data_dir: Path | None = None)
 
 
 def test_every_row_has_its_runs_and_no_run_is_done_twice(tmp_path: Path) -> None:
-    preset = replace(PRESETS["cpu"], tasks=PRESETS["cpu"].tasks[:1])
+    preset = replace(PRESETS["cpu"], tasks=PRESETS["cpu"].tasks[:1], candidates=3)
     found = plan(preset, data_dir=tmp_path)
     grid = [c for c in found.cells if c.section == "grid"]
     assert len(grid) == 3 * (6 + 6 + 3)  # seeds; fp32, int8, and int8 with the other loss
@@ -63,19 +63,32 @@ def test_what_a_run_needs_comes_in_an_earlier_wave() -> None:
 
 def test_a_section_takes_along_what_it_needs() -> None:
     found = plan(SMOKE)
-    grid = [c for wave in found.waves(("grid",)) for c in wave]
+    grid = [c for wave in found.waves(Filter(sections=("grid",))) for c in wave]
     assert {c.section for c in grid} == {"tuning", "grid", "pretraining"}
-    tuned = [c for wave in found.waves(("finetune",)) for c in wave]
+    tuned = [c for wave in found.waves(Filter(sections=("finetune",))) for c in wave]
     assert {c.method for c in tuned if c.section in ("grid", "tuning")} == {"full-bp"}
 
 
 def test_a_set_alone_has_all_that_it_needs() -> None:
     found = Plan(PRESETS["cpu"], Path("data"), Path("runs"))
-    cells = [c for wave in found.waves(sets=("fashion-mnist",)) for c in wave]
+    cells = [c for wave in found.waves(Filter(sets=("fashion-mnist",))) for c in wave]
     assert set(cells) == {c for c in found.cells if c.data == "fashion-mnist"}
-    fine = [c for wave in found.waves(("finetune",), ("mnist",)) for c in wave]
+    fine = [c for wave in found.waves(Filter(("finetune",), ("mnist",))) for c in wave]
     assert {c.data for c in fine} == {"mnist"}
     assert all(other in fine for c in fine for other in needs(c, found.cells))
+    floats = Filter(("finetune",), arithmetics=("fp32",))
+    assert {c.arithmetic for wave in found.waves(floats) for c in wave} == {"fp32"}
+
+
+def test_clouds_have_no_fine_tuning() -> None:
+    found = Plan(PRESETS["cpu"], Path("data"), Path("runs"))
+    clouds = [c for c in found.cells if c.data == "modelnet10"]
+    assert {c.section for c in clouds} == {"grid"}
+    config = found.base(clouds[0])
+    assert (config.model, config.points, config.rotate) == ("pointnet", 256, None)
+    assert Plan(replace(PRESETS["gpu"], device="cpu"), Path("data"), Path("runs")).cells
+    with pytest.raises(ValueError, match=r"rotations belong to images, got \(30.0,\)"):
+        replace(PRESETS["cpu"].task("modelnet10"), rotations=(30.0,))
 
 
 def test_fine_tuning_starts_from_the_same_seed_and_precision() -> None:
@@ -182,6 +195,26 @@ def test_an_interrupted_study_goes_on(
     for record in whole["tuning"]:
         assert [len(t["accuracies"]) for t in record["tried"]] == [1, 1]
         assert record["chosen"] in {t["name"] for t in record["tried"]}
+
+
+def test_processes_beside_each_other_stop_and_go_on(tmp_path: Path) -> None:
+    found = plan(TINY, tmp_path)
+    tuning = [c for c in found.cells if c.section == "tuning"]
+    configs = {c: found.config(c, {}) for c in tuning}
+    ticks: list[tuple[Cell, int]] = []
+    beside = pool.Pool(2, "command", lambda *tick: ticks.append(tick))
+    first: dict[Cell, Any] = {}
+    with pytest.raises(pool.Stopped):
+        for cell, (kind, result) in beside.run(configs):
+            assert kind == "done"
+            first[cell] = result
+            os.kill(os.getpid(), signal.SIGINT)  # caught: the runs that go on are stopped
+    assert first and {cell for cell, _ in ticks} <= set(tuning)
+    stamps = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/*/result.json")}
+    again = dict(pool.Pool(1, "command", lambda *tick: None).run(configs))
+    assert {cell: again[cell] for cell in first} == {c: ("done", r) for c, r in first.items()}
+    assert len(again) == len(tuning)
+    assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
 
 
 @pytest.mark.usefixtures("tiny")

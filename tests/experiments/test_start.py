@@ -83,7 +83,7 @@ def test_int8_starts_from_fp32(
     start: Start, small: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, source = start(method="full-bp", epochs=1)
-    net = build_model("lenet5")
+    net = build_model(TrainConfig())
     net.load_state_dict(load_checkpoint(source.path / CHECKPOINT)["model"])
     expected = Int8Network(net, drop_biases=True).tree.state_dict()
     tuned = replace(small, precision="int8", start_from=source.path, out=tmp_path / "tuned")
