@@ -34,7 +34,8 @@ from zo_kernels.reference.integer_projected_sign import integer_projected_sign
 from zo_kernels.reference.noise import MASK, PURPOSES
 from zo_kernels.reference.perturbed_weights import empty_halves
 
-NO_WORDS, NO_EXPONENT = np.zeros(0, np.int64), np.zeros(1, np.int32)
+NO_WORDS = np.zeros(0, np.int64)
+ZERO = torch.zeros(1, dtype=torch.int32)
 
 
 def _memory(t: Tensor, extent: int | None = None) -> Any:
@@ -86,11 +87,13 @@ def int8_requantize(
     source = acc if dense(acc) and noise is None else acc.contiguous()
     q = torch.empty_like(source, dtype=torch.int8)
     total = torch.empty(() if halves is None else (halves,), dtype=torch.int32)
-    added = NO_EXPONENT if weight_exponent is None else weight_exponent.reshape(-1).numpy()
-    exponents = (bits.reshape(-1).numpy(), exponent.reshape(-1).numpy(), added)
-    where = (_memory(source), _memory(q), *exponents, total.reshape(-1).numpy())
-    settings = (ROUNDINGS[rounding], words, 0 if relu else -127)
-    requantize_flat(*where, *settings)
+    # Kept here until the call is over; an expanded exponent has one place for all halves.
+    exponents = [ZERO if t is None else t.contiguous() for t in (bits, exponent, weight_exponent)]
+    requantize_flat(
+        *(source.data_ptr(), q.data_ptr(), acc.numel(), total.data_ptr(), halves or 1),
+        tuple((t.data_ptr(), t.numel()) for t in exponents),
+        *(ROUNDINGS[rounding], words, 0 if relu else -127),
+    )
     out = q if source is acc else torch.empty_like(acc, dtype=torch.int8).copy_(q)
     return out, total
 

@@ -12,7 +12,8 @@ from zo_kernels._conv import Geometry, Pair, geometry, kernel_size, patches
 from zo_kernels.cpu.int8 import _memory
 from zo_kernels.cpu.int8_correlate import correlate
 from zo_kernels.cpu.int8_dot import LANES, SLACK, ZERO
-from zo_kernels.cpu.int8_products import empty, extent, int8_matmul, over_images
+from zo_kernels.cpu.int8_products import empty, int8_matmul, over_images
+from zo_kernels.cpu.memory import extent
 
 
 @lru_cache(maxsize=256)

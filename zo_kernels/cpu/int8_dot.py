@@ -14,9 +14,13 @@ from __future__ import annotations
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from zo_kernels.cpu.memory import octets as octets_at
+from zo_kernels.cpu.memory import spots as spots_at
+from zo_kernels.cpu.memory import words as words_at
 
 i8, i32, u8 = np.int8, np.int32, np.uint8
 LANES = 16  # channels of a panel, of `zo_kernels.cpu.int8_pack`
@@ -327,30 +331,40 @@ def _deliver(found, positions, target, walk, channels, total):
         c += some
 
 
+@njit(inline="always")
+def bit_length(v):
+    n = i32(0)
+    while v > 0:
+        n, v = i32(n + i32(1)), v >> 1
+    return n
+
+
 @njit(nogil=True, cache=True)
 def convolve(
-    x, x_walk, size, geometry, grid, panels, first, offsets, out, out_walk, spots, after, span, room
+    places, x_walk, size, geometry, grid, panels, first, offsets, out_walk, after, span, room
 ):
-    """A convolution by the weights of some halves; returns the largest `|x| - 1` of each, 0 at the
-    least.
+    """A convolution by the weights of some halves; returns the bits of each.
 
-    `x`, `out`: flat views of memory; `x_walk` and `out_walk`: strides of a half, an image, a
-    channel, a row, a column. `size` = (channels, height, width) of an image, `geometry` = (stride,
-    padding) as pairs, `grid` = (groups, halves of a group, channels, height, width) of the
-    convolution before pooling: halves of a group read the same images. `panels` and `first` by
-    `pack`, of all groups or one for them all; `offsets` [steps] of their steps in a padded image.
-    `spots`: like `out`, bytes; written where the places of maxima are kept. `after` = (relu, pool,
-    keep places); `span` = (first, end, images of a half, columns of them all): images of all
-    groups in a row; the last one of a half may be narrower. `room` = `scratch_sizes` and as many
-    bytes, words at the end.
+    `places`: address and extent of the images (bytes), of the results (words), and of the places of
+    their maxima (bytes, laid as the results; the extent is 0 where nobody wants them). `x_walk` and
+    `out_walk`: strides of a half, an image, a channel, a row, a column. `size` = (channels, height,
+    width) of an image, `geometry` = (stride, padding) as pairs, `grid` = (groups, halves of a
+    group, channels, height, width) of the convolution before pooling: halves of a group read the
+    same images. `panels` and `first` by `pack`, of all groups or one for them all; `offsets`
+    [steps] of their steps in a padded image. `after` = (relu, pool); `span` = (first, end, images
+    of a half, columns of them all): images of all groups in a row; the last one of a half may be
+    narrower. `room` = `scratch_sizes` and as many bytes, words at the end.
     """
-    (stride, pad), (relu, pool, keep), (sizes, memory) = geometry, after, room
+    (stride, pad), (relu, pool), (sizes, memory) = geometry, after, room
+    x = carray(octets_at(places[0][0]), (places[0][1],))
+    out = carray(words_at(places[1][0]), (places[1][1],))
+    spots, keep = carray(spots_at(places[2][0]), (places[2][1],)), places[2][1] > 0
     groups, together, channels, height, width = grid
     padded_w = size[2] + 2 * pad[1]
     words = memory[memory.shape[0] - 4 * (sizes[2] + sizes[3]) :].view(np.int32)
     image, plain = memory[: sizes[0]], memory[sizes[0] : sizes[0] + sizes[1]].view(np.int8)
-    places = memory[sizes[0] + sizes[1] : sizes[0] + sizes[1] + sizes[4]]
-    scratch = (words[: sizes[2]], words[sizes[2] :], places)
+    corners = memory[sizes[0] + sizes[1] : sizes[0] + sizes[1] + sizes[4]]
+    scratch = (words[: sizes[2]], words[sizes[2] :], corners)
     image[:] = ZERO
     steps = (stride[0] * padded_w * size[0], stride[1] * size[0])
     tops = np.zeros((groups, first.shape[1]), np.int32)
@@ -372,13 +386,13 @@ def convolve(
             w_at = n * offsets.shape[0] * 4
             _panel(image, steps, (height, wide), offsets, w, w_at, begin, n, pool, scratch)
             _finish(scratch[0], high * broad, relu, tops[group], n)
-            found, to = (scratch[0], places, n), (out, spots, keep)
+            found, to = (scratch[0], corners, n), (out, spots, keep)
             _deliver(found, (high, broad), to, walk, channels, together * channels)
     largest = np.zeros((groups, together), np.int32)
     for group in range(groups):
         for n in range(together * channels):
             half = n // channels
-            largest[group, half] = max(largest[group, half], tops[group, n])
+            largest[group, half] = max(largest[group, half], bit_length(tops[group, n]))
     return largest
 
 

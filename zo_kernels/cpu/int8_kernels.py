@@ -11,7 +11,7 @@ cannot grow stale by it.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+from numba import carray, njit
 
 from zo_kernels._int8 import (
     ERROR_BITS,
@@ -24,6 +24,8 @@ from zo_kernels._int8 import (
     ONE_BITS,
 )
 from zo_kernels.cpu.kernels import philox
+from zo_kernels.cpu.memory import octets as octets_at
+from zo_kernels.cpu.memory import words as words_at
 
 i8, i32, u32, u64 = np.int8, np.int32, np.uint32, np.uint64
 NEAREST, PSEUDO, STOCHASTIC = 0, 1, 2
@@ -78,20 +80,6 @@ def clip(x):
 
 
 @njit(nogil=True, cache=True)
-def requantize_flat(acc, out, bits, exponent, weight_exponent, totals, rounding, words, floor):
-    """`out = max(clip(acc / 2^s), floor)` of as many halves as `totals`, their exponents; of the
-    others each may be one for all. `words` is read by the stochastic rounding only."""
-    halves = totals.shape[0]
-    size = acc.shape[0] // halves
-    for h in range(halves):
-        s = min(max(bits[h % bits.shape[0]] - 7, 0), 31)
-        totals[h] = i32(s + exponent[h % exponent.shape[0]])
-        totals[h] = i32(totals[h] + weight_exponent[h % weight_exponent.shape[0]])
-        part = slice(h * size, (h + 1) * size)
-        _requantize(acc[part], out[part], u32(s), rounding, words, i32(floor))
-
-
-@njit(nogil=True, cache=True)
 def _requantize(acc, out, s, rounding, words, floor):
     if rounding == NEAREST:
         for i in range(acc.shape[0]):
@@ -102,6 +90,25 @@ def _requantize(acc, out, s, rounding, words, floor):
     else:
         for i in range(acc.shape[0]):
             out[i] = i8(max(clip(round_shift(acc[i], s, u32(words[i]), STOCHASTIC)), floor))
+
+
+@njit(nogil=True, cache=True)
+def requantize_flat(source, target, count, total, halves, exponents, rounding, words, floor):
+    """`out = max(clip(acc / 2^s), floor)` of `count` sums in `halves` equal parts, all by address.
+
+    `exponents` = (address, elements) of bits, exponent and the weight's exponent: each of the
+    halves or one for all. `words` is read by the stochastic rounding only.
+    """
+    (bits_at, bits_n), (own_at, own_n), (added_at, added_n) = exponents
+    bits, own = carray(words_at(bits_at), (bits_n,)), carray(words_at(own_at), (own_n,))
+    added, totals = carray(words_at(added_at), (added_n,)), carray(words_at(total), (halves,))
+    acc, out = carray(words_at(source), (count,)), carray(octets_at(target), (count,))
+    size = count // halves
+    for h in range(halves):
+        s = min(max(bits[h % bits_n] - 7, 0), 31)
+        totals[h] = i32(i32(s + own[h % own_n]) + added[h % added_n])
+        part = slice(h * size, (h + 1) * size)
+        _requantize(acc[part], out[part], u32(s), rounding, words, i32(floor))
 
 
 @njit(nogil=True, cache=True)

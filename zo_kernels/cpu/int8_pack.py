@@ -8,9 +8,10 @@ cannot grow stale by it.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+from numba import carray, njit
 
 from zo_kernels.cpu.int8_kernels import fill_sparse
+from zo_kernels.cpu.memory import octets
 
 i8, i32, u64 = np.int8, np.int32, np.uint64
 u8, u32 = np.uint8, np.uint32
@@ -63,16 +64,17 @@ def _transposed(w, rows, cols, s_inner, panels, first):
 
 
 @njit(nogil=True, cache=True)
-def pack(w, walk, shape, halves, settings, words, panels, first):
+def pack(place, walk, shape, halves, settings, words, panels, first):
     """The rows of `clip(w +- z)` as panels of 16 channels, `[groups, C / 16, steps, 16, 4]`: each
     run of a row filled up to whole steps of 4 by the zeros that stand there.
 
-    `w`: flat view of memory; `walk` = (cols, inner, s_row, s_outer, s_inner); `shape` = (rows, runs
-    of neighbours, their length). `halves` = (start, stop, together): halves `start .. stop - 1`,
-    as many of them channels side by side in a group as `together`; where it is 0 the weight itself
-    is packed, as one group. `settings` and `words` of the noise, of query 0. `first` [groups,
-    channels, up to whole panels].
+    `place`: address and extent of the weight; `walk` = (cols, inner, s_row, s_outer, s_inner);
+    `shape` = (rows, runs of neighbours, their length). `halves` = (start, stop, together): halves
+    `start .. stop - 1`, as many of them channels side by side in a group as `together`; where it is
+    0 the weight itself is packed, as one group. `settings` and `words` of the noise, of query 0.
+    `first` [groups, channels, up to whole panels].
     """
+    w = carray(octets(place[0]), (place[1],))
     cols, inner, s_row, s_outer, s_inner = walk
     (rows, runs, length), (start, stop, together) = shape, halves
     c1, c2, c3, k0, k1 = words

@@ -16,15 +16,15 @@ from torch import Tensor
 
 from zo_kernels._conv import Geometry, Pair, conv_size, empty_output, geometry
 from zo_kernels._layout import layout_of
-from zo_kernels.cpu.int8 import _counters, _memory, _settings, _walk
+from zo_kernels.cpu.int8 import _counters, _settings, _walk
 from zo_kernels.cpu.int8_dot import ALL, LANES, WINDOWS, convolve, scratch_sizes
 from zo_kernels.cpu.int8_pack import pack
+from zo_kernels.cpu.memory import span
 from zo_kernels.cpu.ops import _pool
 
 PARALLEL_FROM = 1 << 25  # products: below, a thread's hand-over costs more than it saves
 SAMPLES = 64  # of a linear layer in an "image": they stay in cache
 ONE = Geometry((1, 1), (0, 0), (1, 1))
-NO_SPOTS = torch.empty(0, dtype=torch.uint8)
 NO_NOISE = (np.uint64(0),) * 5
 
 
@@ -82,21 +82,11 @@ def _packed(w: Tensor, noise: Noise, together: int, runs: int, length: int) -> t
     first = zeros((groups, blocks * LANES))
     words = NO_NOISE if noise.key is None else _counters(noise.key, noise.tensor, 0)
     pack(
-        *(_memory(w, walk.extent), _walk(walk), (walk.rows, runs, length)),
+        *((w.data_ptr(), walk.extent), _walk(walk), (walk.rows, runs, length)),
         *((noise.start, noise.stop, together), _settings(noise.p_zero, noise.r_max), words),
         *(panels, first),
     )
     return panels, first
-
-
-def extent(t: Tensor) -> int:
-    """Elements of memory from the first of a tensor to its last."""
-    return _extent(tuple(t.shape), t.stride())
-
-
-@lru_cache(maxsize=4096)
-def _extent(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    return 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
 
 
 def over_images(images: int, products: int, job: Callable[[int, int], Any]) -> list[Any]:
@@ -134,7 +124,7 @@ class After(NamedTuple):
 
     relu: bool
     pool: int = 0
-    spots: Tensor = NO_SPOTS
+    spots: Tensor | None = None
 
 
 def _multiply(
@@ -155,25 +145,23 @@ def _multiply(
     count = noise.stop - noise.start
     # Perturbed halves that use one copy of an image: their channels lie side by side.
     together = count if shared and noise.key is not None else 1
-    keep = after.spots.numel() > 0
-    spots = _memory(after.spots, extent(after.spots)) if keep else NO_SPOTS.numpy()
+    spots = (0, 0) if after.spots is None else span(after.spots)
     sizes, room = _sizes(images.size, geo.padding, grid.size, after.pool)
     given = (
-        *(_memory(source, extent(source)), images.strides, images.size, (geo.stride, geo.padding)),
-        *((count // together, together, *grid.size),),
+        *((span(source), span(target), spots), images.strides, images.size),
+        *((geo.stride, geo.padding), (count // together, together, *grid.size)),
         *_packed(w, noise, together, runs, length),
-        *(offsets, _memory(target, extent(target)), grid.strides, spots),
-        (after.relu, after.pool, keep),
+        *(offsets, grid.strides, (after.relu, after.pool)),
     )
 
     def job(first: int, end: int) -> Any:
-        span = (first, end, images.number, grid.columns)
-        return convolve(*given, span, (sizes, empty(room, torch.uint8)))
+        part = (first, end, images.number, grid.columns)
+        return convolve(*given, part, (sizes, empty(room, torch.uint8)))
 
     products = count * grid.columns * grid.size[1] * w.numel()
     found = over_images(count // together * images.number, products, job)
-    largest = found[0] if len(found) == 1 else np.maximum.reduce(found)
-    return torch.tensor([n.bit_length() for n in largest.ravel().tolist()], dtype=torch.int32)
+    bits = found[0] if len(found) == 1 else np.maximum.reduce(found)
+    return torch.from_numpy(bits.reshape(-1))
 
 
 def int8_paired_linear(
@@ -297,7 +285,6 @@ def int8_matmul(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 __all__ = [
     "empty",
-    "extent",
     "int8_conv2d_max_pool",
     "int8_matmul",
     "int8_paired_conv1d_max",
