@@ -201,7 +201,8 @@ def accuracy(content: Content) -> list[Table]:
         for method, row in content["methods"].items()
     ]
     caption = f"In %, {content['epochs']} epochs, batch {content['batch_size']}."
-    return [Table(["test accuracy", "FP32"], rows, caption)]
+    precision = next(iter(content["methods"].values()))["config"]["precision"]
+    return [Table(["test accuracy", precision.upper()], rows, caption)]
 
 
 __all__ = [

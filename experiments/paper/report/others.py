@@ -113,8 +113,8 @@ SOURCES = (
         measured.int8_sweep,
     ),
     Source(
-        "accuracy_mnist.json",
-        "Defaults of the training command on MNIST",
+        "accuracy_*.json",
+        "Defaults of the training command",
         "Not tuned by the study's budget, more seeds: mean and standard error.",
         "python -m experiments.accuracy --data-dir DIR",
         measured.accuracy,
