@@ -8,7 +8,7 @@ NITI: Wang et al., arXiv:2009.13108.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -93,12 +93,17 @@ def _to_accumulators(
     return q
 
 
+def _in_parts(error: Tensor, x: Tensor, rows: int) -> Iterable[tuple[Tensor, Tensor]]:
+    """Both in parts of so many rows at the most."""
+    if len(x) <= rows:
+        return [(error, x)]
+    return zip(torch.split(error, rows), torch.split(x, rows), strict=True)
+
+
 def weight_gradient(layer: Int8Layer, error: Tensor, x: Tensor, backend: str) -> list[Tensor]:
     """`err^T x`: int32 like the weight; more than one where int32 could not hold the sum."""
     if not layer.convolution:
-        if len(x) <= MAX_ROWS:
-            return [int8_matmul(error.t(), x, backend=backend)[0]]
-        parts = zip(torch.split(error, MAX_ROWS), torch.split(x, MAX_ROWS), strict=True)
+        parts = _in_parts(error, x, MAX_ROWS)
         return [int8_matmul(e.t(), part, backend=backend)[0] for e, part in parts]
     if layer.weight.ndim == 3:
         error, x = error.unsqueeze(2), x.unsqueeze(2)
@@ -111,7 +116,7 @@ def weight_gradient(layer: Int8Layer, error: Tensor, x: Tensor, backend: str) ->
             dilation=layer.dilation,
             backend=backend,
         ).reshape(layer.weight.shape)
-        for e, part in zip(torch.split(error, images), torch.split(x, images), strict=True)
+        for e, part in _in_parts(error, x, images)
     ]
 
 

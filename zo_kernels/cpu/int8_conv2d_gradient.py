@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from zo_kernels._conv import Geometry, Pair, geometry, kernel_size, patches
-from zo_kernels.cpu.int8 import _memory
-from zo_kernels.cpu.int8_correlate import correlate
-from zo_kernels.cpu.int8_dot import LANES, SLACK, ZERO
-from zo_kernels.cpu.int8_products import empty, int8_matmul, over_images
-from zo_kernels.cpu.memory import extent
+from zo_kernels.cpu.int8_correlate import collect, correlate
+from zo_kernels.cpu.int8_dot import LANES, SLACK
+from zo_kernels.cpu.int8_products import empty, int8_matmul, over_images, zeros
+from zo_kernels.cpu.memory import span
 
 
 @lru_cache(maxsize=256)
@@ -49,25 +48,22 @@ def int8_conv2d_gradient(
         sums, _ = int8_matmul(patches(x, (kh, kw), geo), rows)
         return sums.t().reshape(grid[0], size[0], kh, kw).contiguous()
     lines, offsets, outputs, apart = _places(size, (kh, kw), geo, grid)
-    blocks = -(-grid[0] // LANES)
-    given: tuple[Any, ...] = (_memory(x, extent(x)), x.stride(), size, (geo.padding, apart))
-    given += (_memory(error, extent(error)), error.stride(), grid, lines, offsets)
+    channels = -(-grid[0] // LANES) * LANES
+    given = ((span(x), span(error)), x.stride(), size, (geo.padding, apart), error.stride(), grid)
     padded = size[0] * (size[1] + 2 * geo.padding[0]) * (size[2] + 2 * geo.padding[1])
 
-    def job(first: int, end: int) -> Tensor:
-        sums = torch.zeros((blocks, len(lines) * outputs, LANES), dtype=torch.int32)
-        totals = torch.zeros(blocks * LANES, dtype=torch.int32)
-        rest = (empty(4 * LANES * blocks * len(offsets), torch.int8), empty(outputs * LANES))
-        found = (sums.view(-1).numpy(), totals.numpy(), empty(padded + SLACK, torch.uint8))
-        correlate(*given, *found, rest, (first, end))  # type: ignore[call-arg]
-        return sums - ZERO * totals.view(blocks, 1, LANES)
+    def job(first: int, end: int) -> tuple[Any, Any]:
+        sums, totals = zeros(len(lines) * outputs * channels), zeros(channels)
+        room = (empty(4 * channels * len(offsets), torch.int8), empty(padded + SLACK, torch.uint8))
+        found = (sums, totals, empty(outputs * LANES), *room)
+        correlate(*given, lines, offsets, *found, (first, end))
+        return sums, totals
 
-    products = error.numel() * size[0] * kh * kw
-    total = torch.stack(over_images(len(x), products, job)).sum(0, dtype=torch.int32)
-    total = total.permute(0, 2, 1).reshape(blocks * LANES, -1)[: grid[0]].contiguous()
-    if kw == 1:
-        return total.reshape(grid[0], kh, size[0]).permute(0, 2, 1).unsqueeze(3).contiguous()
-    return total.reshape(grid[0], size[0], kh, kw)
+    out = torch.zeros((grid[0], size[0], kh, kw), dtype=torch.int32)
+    walk = (len(lines), outputs, *((1, kh) if kw == 1 else (outputs, 1)))
+    for sums, totals in over_images(len(x), error.numel() * size[0] * kh * kw, job):
+        collect(sums, totals, walk, out.view(grid[0], -1).numpy())
+    return out
 
 
 __all__ = ["int8_conv2d_gradient"]

@@ -12,10 +12,11 @@ cache of this file, which does not look at the files it calls.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+from numba import carray, njit
 from numba.extending import intrinsic
 
-from zo_kernels.cpu.int8_dot import LANES, SLACK, WORD, ZERO, _block, types
+from zo_kernels.cpu.int8_dot import LANES, WORD, ZERO, _block, types
+from zo_kernels.cpu.memory import octets
 
 i32, u8 = np.int32, np.uint8
 
@@ -93,19 +94,33 @@ def _outputs(count, x, at, step, offsets, w, w_at, zero, out):
 
 @njit(nogil=True, cache=True)
 def correlate(
-    x, x_walk, size, geometry, err, err_walk, grid, lines, offsets, sums, totals, image, rest, span
+    places,
+    x_walk,
+    size,
+    geometry,
+    err_walk,
+    grid,
+    lines,
+    offsets,
+    sums,
+    totals,
+    line,
+    panels,
+    image,
+    span,
 ):
     """Add the products of some images to `sums` [N / 16, lines, outputs, 16].
 
-    `x`, `err`: flat views of memory; `x_walk`, `err_walk`: strides of an image, a channel, a row, a
-    column. `size` = (channels, height, width) of an image, `grid` that of its errors; `geometry` =
-    (padding, step from output to output). `lines` [lines]: places in the padded image from which a
-    line of outputs begins; `offsets` [steps] of the pixels of a step. `totals` [N]: the sums of the
-    errors, with which the 128 in every `x` is undone. `image`: bytes, `rest` = (panels, one line of
-    sums). `span` = (first image, end).
+    `places`: address and extent of images and errors (bytes); `x_walk`, `err_walk`: strides of an
+    image, a channel, a row, a column. `size` = (channels, height, width) of an image, `grid` that
+    of its errors; `geometry` = (padding, step from output to output). `lines` [lines]: places in
+    the padded image from which a line of outputs begins; `offsets` [steps] of the pixels of a
+    step. `totals` [N]: the sums of the errors, with which the 128 in every `x` is undone. `line`
+    (one line of sums), `panels` and `image` are room; `span` = (first image, end).
     """
+    x = carray(octets(places[0][0]), (places[0][1],))
+    err = carray(octets(places[1][0]), (places[1][1],))
     pad, step = geometry
-    panels, line = rest
     image[:] = ZERO
     panels[:] = 0
     zero, nowhere = np.zeros(LANES, np.int32), np.zeros(offsets.shape[0], np.int64)
@@ -125,4 +140,18 @@ def correlate(
                     to[i] = i32(to[i] + line[i])
 
 
-__all__ = ["SLACK", "correlate"]
+@njit(nogil=True, cache=True)
+def collect(sums, totals, walk, out):
+    """Add what `correlate` found to `out` [N, outputs of all lines]; `walk` = (lines, outputs, and
+    how far a line and an output lie from the next one in `out`)."""
+    lines, outputs, s_line, s_output = walk
+    for n in range(out.shape[0]):
+        excess = i32(ZERO * totals[n])
+        for k in range(lines):
+            p = ((n // LANES * lines + k) * outputs) * LANES + n % LANES
+            for j in range(outputs):
+                to = k * s_line + j * s_output
+                out[n, to] = i32(out[n, to] + i32(sums[p + j * LANES] - excess))
+
+
+__all__ = ["collect", "correlate"]

@@ -62,7 +62,7 @@ def empty(shape: int | tuple[int, ...], dtype: torch.dtype = torch.int32) -> Any
     return torch.empty(shape, dtype=dtype).numpy()
 
 
-def zeros(shape: tuple[int, ...], dtype: torch.dtype = torch.int32) -> Any:
+def zeros(shape: int | tuple[int, ...], dtype: torch.dtype = torch.int32) -> Any:
     return torch.zeros(shape, dtype=dtype).numpy()
 
 
@@ -291,4 +291,5 @@ __all__ = [
     "int8_paired_conv2d",
     "int8_paired_linear",
     "over_images",
+    "zeros",
 ]

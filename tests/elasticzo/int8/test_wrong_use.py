@@ -171,8 +171,8 @@ def test_steps_refuse() -> None:
     for bad in (-1, 32, 1.0):
         with pytest.raises(ValueError, match=rf"b_zo must be an integer in \[0, 31\], got {bad}"):
             Int8ZO(model, b_zo=bad)  # type: ignore[arg-type]
-    for bad in (-1, 8):
-        with pytest.raises(ValueError, match=rf"b_bp must be an integer in \[0, 7\], got {bad}"):
+    for bad in (-9, 8):
+        with pytest.raises(ValueError, match=rf"b_bp must be an integer in \[-8, 7\], got {bad}"):
             model.tail_optimizer(b_bp=bad)
     with pytest.raises(ValueError, match=r"rounding must be one of .*, got 'up'"):
         model.tail_optimizer(b_bp=1, rounding="up")
