@@ -27,6 +27,7 @@ from zo_kernels import (
 Part = tuple[Tensor, Tensor]  # int32 sums and their exponent, []
 MAX_ROWS = 1 << 17  # 127^2 2^17 < 2^31: rows of a product whose sums fit in int32
 ALIGNED_BITS = 16  # the unit of a sum is at the least 2^-16 of the largest among its parts
+NEVER = 1 << 40  # no exponent
 SUM_BITS = 30  # of a sum that is handed on in int32
 
 
@@ -154,21 +155,37 @@ def _spread(layer: Int8Layer, error: Tensor, height: int, width: int) -> Tensor:
     batch, channels, oh, ow = error.shape
     top, left = dh * (kh - 1) - ph, dw * (kw - 1) - pw
     out = error.new_zeros(batch, channels, height + dh * (kh - 1), width + dw * (kw - 1))
-    out[:, :, top : top + sh * oh : sh, left : left + sw * ow : sw][:, :, :oh, :ow] = error
+    to_h, from_h = _inside(top, sh, oh, out.shape[2])
+    to_w, from_w = _inside(left, sw, ow, out.shape[3])
+    out[:, :, to_h, to_w] = error[:, :, from_h, from_w]
     return out
+
+
+def _inside(offset: int, stride: int, count: int, size: int) -> tuple[slice, slice]:
+    """Places `offset + stride i`, i < count, that lie in `0 .. size - 1`, and their i: errors of the
+    padding alone belong to no input."""
+    first = max(0, -(offset // stride))
+    last = min(count, -((offset - size) // stride))
+    begin = offset + stride * first
+    return slice(begin, begin + stride * max(0, last - first), stride), slice(
+        first, max(first, last)
+    )
 
 
 def aligned_sum(parts: Sequence[Part]) -> Tensor:
     """The sum of int32 tensors of different exponents: int32, up to a power of 2.
 
-    The unit is the smallest among the parts, but at the least 2^-16 of the largest; what is smaller
-    is cut off toward zero, and so is what lies below the 30 highest bits of the result. A smaller
-    unit would fill the low bits with zeros, by which pseudo-stochastic rounding decides.
+    The unit is the smallest among the parts that are not zero, but at the least 2^-16 of the largest;
+    what is smaller is cut off toward zero, and so is what lies below the 30 highest bits of the
+    result. A smaller unit would fill the low bits with zeros, by which pseudo-stochastic rounding
+    decides.
     """
     if len(parts) == 1:
         return parts[0][0]
     exponents = torch.stack([e for _, e in parts]).to(torch.int64)
-    unit = torch.maximum(exponents.amin(), exponents.amax() - ALIGNED_BITS)
+    live = torch.stack([g.any() for g, _ in parts])
+    least, most = exponents.where(live, NEVER).amin(), exponents.where(live, -NEVER).amax()
+    unit = torch.maximum(least, most - ALIGNED_BITS)
     shifts = exponents - unit
     total = torch.zeros_like(parts[0][0], dtype=torch.int64)
     for i, (g, _) in enumerate(parts):

@@ -83,6 +83,7 @@ class Int8Network(nn.Module):
 def _leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules that compute, in their order of execution."""
     seen: set[int] = set()
+    owners: dict[int, str] = {}
 
     def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
@@ -99,6 +100,10 @@ def _leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if id(module) in seen and any(True for _ in module.parameters()):
             raise ValueError(f"{name!r} is used twice: its weight would have two places")
         seen.add(id(module))
+        for weight in module.parameters():
+            owner = owners.setdefault(id(weight), name)
+            if owner != name:
+                raise ValueError(f"{name!r} shares a weight with {owner!r}: int8 layers share none")
         yield name, module
 
     if not isinstance(model, nn.Module):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from elasticzo.int8.tensor import LIMIT
+from elasticzo.int8.tensor import LIMIT, MAX_EXPONENT, MIN_EXPONENT
 from zo_kernels import BACKENDS
 from zo_kernels._int8 import MAX_FRACTION_BITS
 from zo_kernels._lib import MAX_QUERIES
@@ -68,6 +68,13 @@ def check_state(state_dict: Mapping[str, Any], own: Mapping[str, Any]) -> None:
             )
         if value.dtype == torch.int8 and value.numel() and int(value.amin()) < -LIMIT:
             raise ValueError(f"{name!r} must be in [-127, 127], got -128")
+        if value.dtype == torch.int32 and not (
+            value.ndim == 0 and MIN_EXPONENT <= int(value) <= MAX_EXPONENT
+        ):
+            raise ValueError(
+                f"{name!r} must be one exponent in [{MIN_EXPONENT}, {MAX_EXPONENT}], got "
+                f"{value.tolist()}"
+            )
 
 
 __all__ = ["check_order", "check_settings", "check_state", "resolve_scale"]

@@ -16,7 +16,7 @@ from elasticzo.int8.settings import check_order, check_settings, check_state, re
 from elasticzo.int8.tail import Int8Tail
 from elasticzo.int8.tensor import Int8Tensor, check_input
 from zo_kernels import integer_cross_entropy, integer_softmax_error, resolve_backend
-from zo_kernels._int8 import check_sparse, check_target
+from zo_kernels._int8 import check_logits, check_sparse, check_target
 
 SOURCES = ("plus", "minus", "mean")
 
@@ -209,6 +209,7 @@ class ElasticZOInt8(nn.Module):
             return integer_cross_entropy(
                 logits.q, logits.exponent, y, fraction_bits=self.fraction_bits, backend=self.backend
             )
+        check_logits(logits.q, logits.exponent, y, self.fraction_bits)
         if y.device.type == "cpu":
             check_target(y, logits.q.shape[2])
         values = logits.dequantize().log_softmax(2)

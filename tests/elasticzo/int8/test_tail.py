@@ -253,3 +253,28 @@ def test_aligned_sum_keeps_the_smallest_unit() -> None:
     e = torch.tensor(-11, dtype=torch.int32)
     assert torch.equal(aligned_sum([(plus, e), (minus, e)]), plus + minus)
     assert torch.equal(aligned_sum([(plus, e + 3), (minus, e)]), 8 * plus + minus)
+
+
+@pytest.mark.parametrize("exponent", [-18, -26, 9])
+def test_a_half_of_zeros_sets_no_unit(exponent: int) -> None:
+    g, zeros = torch.randint(-1680, 1681, (100,), dtype=torch.int32), torch.zeros(100).int()
+    own, other = torch.tensor(-10).int(), torch.tensor(exponent).int()
+    assert torch.equal(aligned_sum([(g, own), (zeros, other)]), g)
+    assert not aligned_sum([(zeros, own), (zeros, other)]).any()
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize(("kernel", "padding"), [(1, 1), (1, 2), (3, 4), (2, 3)])
+def test_input_error_of_wide_padding(kernel: int, padding: int, stride: int) -> None:
+    """Padding beyond the kernel: some outputs see no input at all."""
+    settings = {"stride": (stride, stride), "padding": (padding, padding)}
+    layer = layer_of(ints(4, 3, kernel, kernel), **settings)
+    x = torch.zeros(2, 3, 7, 8, dtype=torch.int8)
+    w = layer.weight.double()
+    shape = F.conv2d(x.double(), w, stride=stride, padding=padding).shape
+    error = ints(*shape)
+    found, _ = input_error(layer, error, x, "reference")
+    exact = torch.nn.grad.conv2d_input(
+        list(x.shape), w, error.double(), stride=stride, padding=padding
+    )
+    assert torch.equal(found.double(), exact)

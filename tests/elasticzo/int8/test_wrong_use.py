@@ -200,3 +200,28 @@ def test_parts_of_a_tensor() -> None:
     halves = Int8Tensor(torch.ones(2, 3, dtype=torch.int8), torch.zeros(2, dtype=torch.int32))
     with pytest.raises(TypeError, match="cannot be indexed: index q"):
         halves[0]
+
+
+def test_the_float_loss_checks_labels_too() -> None:
+    model = ElasticZOInt8(small_net(), 0, loss="float")
+    logits = model(batch((6, 1, 8, 8), 4)[0])
+    with pytest.raises(ValueError, match=r"target must have shape \[6\], got \[1\]"):
+        model.losses(logits, torch.tensor([0]))
+    with pytest.raises(TypeError, match=r"target must be"):
+        model.losses(logits, torch.zeros(6, dtype=torch.int32))
+
+
+def test_shared_weights_are_refused() -> None:
+    first, second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    second.weight = first.weight
+    with pytest.raises(ValueError, match=r"'1' shares a weight with '0'"):
+        ElasticZOInt8(nn.Sequential(first, second), 0)
+
+
+@pytest.mark.parametrize("exponent", [torch.tensor(2**31 - 1), torch.tensor([-7])], ids=str)
+def test_a_state_with_a_wrong_exponent_is_refused(exponent: torch.Tensor) -> None:
+    model = ElasticZOInt8(small_net(), 0)
+    state = dict(model.state_dict())
+    name = next(k for k in state if k.endswith("exponent"))
+    with pytest.raises(ValueError, match=r"must be one exponent in \[-64, 64\]"):
+        model.load_state_dict(state | {name: exponent.int()})
