@@ -162,23 +162,21 @@ def _spread(layer: Int8Layer, error: Tensor, height: int, width: int) -> Tensor:
 
 
 def _inside(offset: int, stride: int, count: int, size: int) -> tuple[slice, slice]:
-    """Places `offset + stride i`, i < count, that lie in `0 .. size - 1`, and their i: errors of the
-    padding alone belong to no input."""
+    """Places `offset + stride i`, i < count, in `0 .. size - 1`, and their i: errors of the padding
+    alone belong to no input."""
     first = max(0, -(offset // stride))
-    last = min(count, -((offset - size) // stride))
+    n = max(0, min(count, -((offset - size) // stride)) - first)
     begin = offset + stride * first
-    return slice(begin, begin + stride * max(0, last - first), stride), slice(
-        first, max(first, last)
-    )
+    return slice(begin, begin + stride * n, stride), slice(first, first + n)
 
 
 def aligned_sum(parts: Sequence[Part]) -> Tensor:
     """The sum of int32 tensors of different exponents: int32, up to a power of 2.
 
-    The unit is the smallest among the parts that are not zero, but at the least 2^-16 of the largest;
-    what is smaller is cut off toward zero, and so is what lies below the 30 highest bits of the
-    result. A smaller unit would fill the low bits with zeros, by which pseudo-stochastic rounding
-    decides.
+    The unit is the smallest among the parts that are not zero, but at the least 2^-16 of the
+    largest; what is smaller is cut off toward zero, and so is what lies below the 30 highest bits
+    of the result. A smaller unit would fill the low bits with zeros, by which pseudo-stochastic
+    rounding decides.
     """
     if len(parts) == 1:
         return parts[0][0]
