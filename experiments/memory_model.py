@@ -6,9 +6,10 @@ anything runs; here both run, and what torch's allocator gave out at most is set
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ class GridConfig:
     """cpu, cuda or cuda:<n>."""
     threads: int = 1
     """CPU threads of torch, >= 1."""
+    out: Path = Path("runs/memory_model")
+    """Folder of rows.json: a cell that is in it is not measured again."""
     results: Path = RESULTS
     """Folder of memory_model.json."""
 
@@ -133,6 +136,22 @@ def row_of(case: Case, device: torch.device, rehearse: bool = True) -> dict[str,
     return {**vars(case), "predicted": said, "measured": held, "error": said / held - 1}
 
 
+def measure(
+    config: GridConfig, device: torch.device, bar: Callable[[list[Case]], Iterator[Case]]
+) -> list[dict[str, Any]]:
+    """A row for every case, of an earlier start where it was measured then."""
+    kept = config.out / "rows.json"
+    before = json.loads(kept.read_text())["rows"] if kept.exists() else []
+    done = {Case(**{f.name: row[f.name] for f in fields(Case)}): row for row in before}
+    ready: set[str] = set()  # networks that ran in this process
+    for case in bar(cases(config)):
+        if case not in done:
+            done[case] = row_of(case, device, rehearse=case.network not in ready)
+            ready |= {case.network} if case.method else set()
+            write_json(kept, {"rows": list(done.values())})
+    return [done[case] for case in cases(config)]
+
+
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     """A line a network, batch and pairing: the largest error of its cells, in %."""
     shown = Table(box=None, pad_edge=False)
@@ -161,10 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"networks and optimizers must be of {known}, got {unknown}")
         torch.set_num_threads(config.threads)
         device = torch.device(config.device)
-        rows: list[dict[str, Any]] = []
-        for case in bar(cases(config)):
-            like = [r for r in rows if r["network"] == case.network and r["method"]]
-            rows.append(row_of(case, device, rehearse=not like))
+        rows = measure(config, device, bar)
     except REFUSED as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE_ERROR
