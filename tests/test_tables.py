@@ -23,4 +23,4 @@ def test_a_missing_table_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"results.md has no <!-- claims -->"):
         render("nothing", STUDY)
     with pytest.raises(ValueError, match=r"README.md: <!-- cost --> has no <!-- /cost -->"):
-        render("<!-- cost -->")
+        render("<!-- int8 --><!-- int8-cost --><!-- cost -->")

@@ -223,7 +223,7 @@ def test_a_clean_pass_feeds_the_tail(small: TrainConfig) -> None:
     config = resolve(replace(small, tail_source="clean", tail_optimizer="sgd", tail_lr=0.1))
     taught = learner.Learner(config, learner.load_data(config))
     plain = copy.deepcopy(taught.model.module)
-    x, y = taught._batch()
+    x, y = taught.inputs.train(0)
     cross_entropy(plain(x), y).backward()  # of the weights before the step, unperturbed
     rate = taught.rates()[1]
     taught.step()
