@@ -41,10 +41,10 @@ METHODS = (
     Method("full-zo", 0, "sequential"),
     Method("full-zo", 0, "sequential", "fused"),
     Method("full-zo", 0, "sequential", "staged"),
-    Method("cls1", 1, "stacked"),
-    Method("cls1", 1, "sequential"),
-    Method("cls2", 2, "stacked"),
-    Method("cls2", 2, "sequential"),
+    Method("cls2", 1, "stacked"),
+    Method("cls2", 1, "sequential"),
+    Method("cls1", 2, "stacked"),
+    Method("cls1", 2, "sequential"),
 )
 
 
