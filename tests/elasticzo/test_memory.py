@@ -119,7 +119,7 @@ def test_weights_are_those_of_the_model_and_no_memory_is_taken() -> None:
     assert held.parts["weights"] == 4 * numbers and held.bytes > 64e9
     assert sum(n for n in taken if n > 0) < 1e6
     with pytest.raises(ValueError, match="model is on the meta device: device must say"):
-        training_memory(model, x)
+        training_memory(model, x, device="meta")
 
 
 def test_the_model_is_left_as_it_was() -> None:
