@@ -17,8 +17,8 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 KNOWN = (*WEIGHTS, *NORMS, nn.ReLU, nn.MaxPool2d, nn.Flatten, nn.Identity, MaxPoints)
 
 
-class Int8Network(nn.Module):
-    """A chain of blocks; its layers sit under the names of the float model's modules.
+class Int8Network:
+    """A chain of blocks; `tree` has its layers under the names of the float model's modules.
 
     Args:
         model: nested `nn.Sequential` of Linear, Conv1d, Conv2d, BatchNorm (folded into the layer
@@ -29,8 +29,7 @@ class Int8Network(nn.Module):
     """
 
     def __init__(self, model: nn.Module, drop_biases: bool = False) -> None:
-        super().__init__()
-        self.tree = nn.Module()  # a name space of its own: a layer may be called as it likes
+        self.tree = nn.Module()
         self.before: list[Pool | str] = []  # what precedes the first weight
         self.blocks: list[Block] = []
         leaves = list(_leaves(model))
@@ -75,9 +74,6 @@ class Int8Network(nn.Module):
             block.relu = True
         else:
             block.flatten = True
-
-    def forward(self, *args: Any) -> Any:
-        raise RuntimeError("an Int8Network runs inside ElasticZOInt8")
 
 
 def _leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from elasticzo.int8.tensor import LIMIT, MAX_EXPONENT, MIN_EXPONENT
 from zo_kernels import BACKENDS
@@ -60,8 +61,11 @@ def check_settings(
 
 def check_state(state_dict: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """Copying floats into int8 weights would make zeros of them without a word."""
-    for name, value in state_dict.items():
-        if name in own and value.dtype != own[name].dtype:
+    for name in own:
+        value = state_dict.get(name)
+        if not isinstance(value, Tensor):
+            continue  # torch says so
+        if value.dtype != own[name].dtype:
             raise TypeError(
                 f"{name!r} must be {own[name].dtype}, got {value.dtype}: float weights are "
                 "converted by wrapping the float model"

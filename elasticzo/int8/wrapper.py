@@ -85,9 +85,12 @@ class ElasticZOInt8(nn.Module):
         self._forwards = 0  # since the last step
         self._tapes: list[Tape] = []
         self._output: Tensor | None = None  # logits that the tapes belong to
-        self.gradients: dict[str, Tensor] = {}
+        self._gradients: dict[str, Tensor] = {}
         self._r_max, self._p_zero = 1, 0.0
         self.set_noise(r_max, p_zero)
+        # The layers are children under their own names, so states are those of any module, also of
+        # one around this. An attribute goes before a child of its name: layers may have any.
+        self._modules = self.network.tree._modules
         self.to(next(model.parameters()).device)
 
     # ---- what it is
@@ -125,6 +128,11 @@ class ElasticZOInt8(nn.Module):
     @property
     def seed(self) -> int:
         return self._seed
+
+    @property
+    def gradients(self) -> dict[str, Tensor]:
+        """What `backward` left for the tail's update, by name."""
+        return self._gradients
 
     @property
     def halves(self) -> int:
@@ -270,20 +278,17 @@ class ElasticZOInt8(nn.Module):
 
     def forget_forwards(self) -> None:
         """What was kept of a forward is not needed any more, or belongs to other weights."""
-        self._forwards, self._tapes, self._output, self.gradients = 0, [], None, {}
+        self._forwards, self._tapes, self._output, self._gradients = 0, [], None, {}
 
     # ---- nn.Module
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """int8 weights and int32 exponents, under the names of the float model's modules."""
-        return self.network.tree.state_dict(*args, **kwargs)
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        check_state(state_dict, self.network.tree.state_dict())
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """torch calls this before it loads the layers, also from a state of a module around."""
+        check_state(state_dict, self.state_dict(prefix=prefix))
         self.forget_forwards()
-        return self.network.tree.load_state_dict(state_dict, strict=strict, assign=assign)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> ElasticZOInt8:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
