@@ -12,11 +12,18 @@ from elasticzo.cut import Tail, resolve_cut
 from elasticzo.int8.backward import aligned_sum, half_gradients
 from elasticzo.int8.network import Int8Network
 from elasticzo.int8.passes import Forward, Noise, Tape
-from elasticzo.int8.settings import check_order, check_settings, check_state, resolve_scale
+from elasticzo.int8.settings import (
+    check_order,
+    check_perturbation,
+    check_settings,
+    check_state,
+    check_tail,
+    resolve_scale,
+)
 from elasticzo.int8.tail import Int8Tail
 from elasticzo.int8.tensor import Int8Tensor, check_input
 from zo_kernels import integer_cross_entropy, integer_softmax_error, resolve_backend
-from zo_kernels._int8 import check_logits, check_sparse, check_target
+from zo_kernels._int8 import check_logits, check_target
 
 SOURCES = ("plus", "minus", "mean")
 
@@ -66,8 +73,10 @@ class ElasticZOInt8(nn.Module):
     ) -> None:
         super().__init__()
         check_settings(queries, seed, fraction_bits, loss, backend, pairing)
+        check_perturbation(r_max, p_zero)
         self.network = Int8Network(model, drop_biases)
         self.cut = resolve_cut(model, tail)
+        check_tail(self.cut, self.network.layers)
         self.queries, self.fraction_bits, self.loss = queries, fraction_bits, loss
         self.pairing = pairing
         names = [f"{name}.weight" if name else "weight" for name in self.network.layers]
@@ -86,8 +95,7 @@ class ElasticZOInt8(nn.Module):
         self._tapes: list[Tape] = []
         self._output: Tensor | None = None  # logits that the tapes belong to
         self._gradients: dict[str, Tensor] = {}
-        self._r_max, self._p_zero = 1, 0.0
-        self.set_noise(r_max, p_zero)
+        self._r_max, self._p_zero = r_max, p_zero
         # The layers are children under their own names, so states are those of any module, also of
         # one around this. An attribute goes before a child of its name: layers may have any.
         self._modules = self.network.tree._modules
@@ -106,13 +114,14 @@ class ElasticZOInt8(nn.Module):
     def set_noise(self, r_max: int | None = None, p_zero: float | None = None) -> None:
         """Change the perturbation between two steps: schedules do it.
 
-        Raises: RuntimeError between a forward and its step, which must see the same `z`.
+        Raises: RuntimeError between a forward and its step, which must see the same `z`;
+            ValueError for values out of range.
         """
         r_max = self._r_max if r_max is None else r_max
         p_zero = self._p_zero if p_zero is None else p_zero
+        check_perturbation(r_max, p_zero)
         if (r_max, p_zero) == (self._r_max, self._p_zero):
             return
-        check_sparse(p_zero, r_max)
         if self._forwards:
             raise RuntimeError(
                 "r_max and p_zero cannot change between a forward and its step: the update would "

@@ -41,9 +41,9 @@ def test_a_state_loads_through_the_module_around() -> None:
 
 
 def test_it_loads_two_levels_down_and_by_assigning() -> None:
-    source, target = nn.Sequential(Outer()), nn.Sequential(Outer())
-    target.load_state_dict(source.state_dict(), assign=True)
-    ours, theirs = (m[0].inner.network.layers["0"].weight for m in (source, target))
+    source, target = Outer(), Outer()
+    nn.Sequential(target).load_state_dict(nn.Sequential(source).state_dict(), assign=True)
+    ours, theirs = (m.inner.network.layers["0"].weight for m in (source, target))
     assert ours.data_ptr() == theirs.data_ptr()
 
 
