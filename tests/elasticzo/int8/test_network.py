@@ -55,14 +55,25 @@ def test_quantize(values: list[float], exponent: int, q: list[int]) -> None:
 
 
 def test_quantize_refuses() -> None:
-    with pytest.raises(ValueError, match="x must be finite"):
-        quantize(torch.tensor([1.0, math.inf]))
+    for exponent in (None, -7):
+        with pytest.raises(ValueError, match="x must be finite, got 2 NaN and 1 infinite of 4"):
+            quantize(torch.tensor([math.nan, 1.0, -math.inf, math.nan]), exponent)
+    for bad in (1.5, 65, -65, True, torch.tensor(-7)):
+        with pytest.raises(ValueError, match=r"exponent must be an integer in \[-64, 64\], got "):
+            quantize(torch.tensor([1.0]), bad)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"the exponent of x must be in \[-64, 64\], got -106"):
         quantize(torch.tensor([1e-30]))
     with pytest.raises(TypeError, match=r"x must be floating or uint8, got torch.int64"):
         quantize(torch.tensor([1]))
     with pytest.raises(TypeError, match="x must be a Tensor, got list"):
         quantize([1.0])  # type: ignore[arg-type]
+
+
+def test_quantize_at_a_given_exponent() -> None:
+    found = quantize(torch.tensor([1.0, -3.0, 0.26, 0.24]), exponent=-1)
+    assert found.q.tolist() == [2, -6, 1, 0] and int(found.exponent) == -1
+    assert quantize(torch.tensor([200], dtype=torch.uint8), exponent=0).q.tolist() == [127]
+    assert quantize(torch.zeros(0), exponent=3).shape == (0,)
 
 
 def test_fresh_batch_norm_folds_to_nothing() -> None:
@@ -162,7 +173,7 @@ def test_weights_that_are_not_finite() -> None:
     model = nn.Sequential(nn.Linear(2, 2, bias=False))
     with torch.no_grad():
         model[0].weight[0, 0] = math.nan
-    with pytest.raises(ValueError, match="weights must be finite"):
+    with pytest.raises(ValueError, match="weights must be finite, got 1 NaN and 0 infinite of 4"):
         Int8Network(model)
 
 

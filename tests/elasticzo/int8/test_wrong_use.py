@@ -271,7 +271,7 @@ def test_empty_states_refuse() -> None:
         zo.load_state_dict({})
     with pytest.raises(TypeError, match="a state of Int8ZO must be a dictionary, got NoneType"):
         zo.load_state_dict(None)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"entries b_bp, rounding; got one without b_bp, rounding$"):
+    with pytest.raises(ValueError, match=r"rounding; got one without b_bp, rounding$"):
         bp.load_state_dict({})
     with pytest.raises(ValueError, match=r"b_bp, rounding; got one with 'lr'$"):
         bp.load_state_dict(bp.state_dict() | {"lr": 1})
