@@ -51,7 +51,8 @@ class ElasticZOInt8(nn.Module):
         pairing: "stacked" (the halves as one batch) or "sequential" (one after the other); equal.
         scale: {name pattern of weights: s}: the share of weights perturbed, `1 - p_zero`, is s
             times that in these layers (at most 1); 0 leaves a layer alone. The last match wins.
-        drop_biases: convert a model with biases that are not zero, without them.
+        drop_biases: convert a model with biases that are not zero, without them; warns of those
+            that are not small (see `Int8Network`).
     Shapes: `[B, ...]` samples of one exponent.
     Source: arXiv:2501.04287, abstract (ElasticZO-INT8); NITI (arXiv:2009.13108).
     """
