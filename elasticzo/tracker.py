@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from elasticzo.scratch import SCRATCH_OPS, peak_inside
+from elasticzo.scratch import SCRATCH_OPS, copies_inside, peak_inside
 
 CUDA_BLOCK = 512  # bytes: the caching allocator rounds up to it
 OTHER = "activations"  # what nobody labelled: outputs, what autograd saved, temporaries
@@ -67,10 +67,12 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             with unset_fake_temporarily():
                 self._reach(str(func), peak_inside(func, args, kwargs))
         result = func(*args, **kwargs)
+        copies = copies_inside(func, args) if self.device.type == "cpu" else 0
         if torch.Tag.nondeterministic_seeded in func.tags:
             with unset_fake_temporarily():
                 torch.rand((), device=self.device)
         self.note(result, at=str(func))
+        self._reach(str(func), copies)
         if func.name() in HALVES:
             self.note((result, args[0] if result is None else ()), "halves")
         return result

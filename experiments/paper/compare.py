@@ -39,7 +39,12 @@ DATA_TITLES: Mapping[str, str] = {
     "modelnet10": "ModelNet10",
     "modelnet40": "ModelNet40",
 }
-MODEL_TITLES: Mapping[str, str] = {"lenet5": "LeNet-5", "pointnet": "PointNet"}
+MODEL_TITLES: Mapping[str, str] = {
+    "lenet5": "LeNet-5",
+    "pointnet": "PointNet",
+    "resnet20": "ResNet-20",
+    "vgg11": "VGG-11",
+}
 
 
 @dataclass(frozen=True)

@@ -83,9 +83,9 @@ def test_a_set_alone_has_all_that_it_needs() -> None:
 def test_clouds_have_no_fine_tuning() -> None:
     found = Plan(PRESETS["cpu"], Path("data"), Path("runs"))
     clouds = [c for c in found.cells if c.data == "modelnet10"]
-    assert {c.section for c in clouds} == {"grid"}
+    assert {c.section for c in clouds} == {"tuning", "grid"}
     config = found.base(clouds[0])
-    assert (config.model, config.points, config.rotate) == ("pointnet", 256, None)
+    assert (config.model, config.points, config.rotate) == ("pointnet", 128, None)
     assert Plan(replace(PRESETS["gpu"], device="cpu"), Path("data"), Path("runs")).cells
     with pytest.raises(ValueError, match=r"rotations belong to images, got \(30.0,\)"):
         replace(PRESETS["cpu"].task("modelnet10"), rotations=(30.0,))
