@@ -47,9 +47,9 @@ class Cut:
         found: dict[str, None] = {}
         for parameter in self.tail_parameters:
             name = parameter.rpartition(".")[0]
-            while name.rpartition(".")[0] in self.tail_modules:
+            while name and name.rpartition(".")[0] in self.tail_modules:
                 name = name.rpartition(".")[0]
-            found[name] = None
+            found[name or "the model itself"] = None
         return ", ".join(found) or "none"
 
 
@@ -111,7 +111,8 @@ def _tail_modules(model: nn.Module, tail: Tail) -> set[str]:
 def _layers(model: nn.Module) -> str:
     """For people."""
     named = model.named_modules(remove_duplicate=False)
-    return ", ".join(name for name, module in named if name and _owns(module))
+    found = ", ".join(name for name, module in named if name and _owns(module))
+    return found or "none inside it (tail=0 or 1 where it is a layer itself)"
 
 
 def _with_children(model: nn.Module, name: object) -> Iterator[str]:
@@ -140,6 +141,8 @@ def _last_layers(model: nn.Module, count: int) -> set[str]:
     if count == 0:
         return set()
     behind = [name for name, _ in owning[counted[-count] :]]
+    if "" in behind:  # the model is a layer itself
+        return {name for name, _ in model.named_modules(remove_duplicate=False)}
     return {inner for name in behind for inner in _with_children(model, name)}
 
 
