@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from elasticzo.deferred import Deferred
 from elasticzo.losses import check_losses, projected_gradients
+from elasticzo.settings import check_long, check_saved
 from elasticzo.state import address
 from elasticzo.trajectory import TrajectoryLog
 from elasticzo.wrapper import ElasticZO
@@ -111,12 +112,7 @@ class ZOSGD(torch.optim.Optimizer):
         self._parts: tuple[Targets, Targets, Targets] | None = None
         self._settings: dict[str, tuple[Tensor, list[Any]]] = {}
         super().__init__(_complete_groups(model, groups), {"lr": lr, "weight_decay": weight_decay})
-        for group in self.param_groups:
-            if float(group["lr"]) < 0.0 or float(group["weight_decay"]) < 0.0:
-                raise ValueError(
-                    "lr and weight_decay must be >= 0, got "
-                    f"{float(group['lr'])} and {float(group['weight_decay'])}"
-                )
+        _check_rates(self.param_groups)
         self._known = {id(p) for group in self.param_groups for p in group["params"]}
         device = model._key.device
         self._skips = torch.zeros((), dtype=torch.int64, device=device)
@@ -155,7 +151,8 @@ class ZOSGD(torch.optim.Optimizer):
         self._skips += found.to(torch.int64)
         model._last_found.copy_(found)
         model._stepped = True
-        _next_step(model)
+        model._key.add_(model._next)
+        model._forget_forwards()
 
     def _update(self, losses: Tensor, rates: Tensor, decays: Tensor, found: Tensor) -> None:
         model = self.model
@@ -290,49 +287,49 @@ class ZOSGD(torch.optim.Optimizer):
 
     # ---- state
 
+    def _run(self) -> dict[str, Any]:
+        """What must be the same when a run goes on."""
+        model = self.model
+        return {
+            "eps": model.eps,
+            "noise": model.noise,
+            "queries": model.queries,
+            "clip": self.clip,
+            "scale": {name: head.scale for name, head in model._plan.parameters.items()},
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """torch's state, and under "zo" what the next step depends on: seed, step, settings."""
         model = self.model
         model.flush()
         state = super().state_dict()
-        state["zo"] = {
-            "seed": model.seed,
-            "step": model.step_index,
-            "skipped": int(self._skips),
-            "eps": model.eps,
-            "noise": model.noise,
-            "queries": model.queries,
-            "clip": self.clip,
-            "scale": {name: head.scale for name, head in model._plan.parameters.items()},
-        }
+        here = {"seed": model.seed, "step": model.step_index, "skipped": int(self._skips)}
+        state["zo"] = here | self._run()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue a run: the noise goes on where it stood.
 
-        Raises: ValueError where eps, noise, queries or clip are not those of the saved run.
+        Raises: ValueError where an entry is missing, unknown or out of range, or where the groups,
+            eps, noise, queries, clip or scale are not those of the saved run; nothing is loaded
+            then.
         """
-        if "zo" not in state_dict:
-            raise ValueError("state_dict must be one of ZOSGD, with a 'zo' entry")
-        saved = state_dict["zo"]
+        check_saved("ZOSGD", state_dict, ("state", "param_groups", "zo"), {"state": {}}, more=True)
+        saved, model = state_dict["zo"], self.model
+        check_saved(
+            "ZOSGD under 'zo'", saved, ("seed", "step", "skipped", *self._run()), self._run()
+        )
+        for name in ("seed", "step", "skipped"):
+            check_long(name, saved[name])
+        _check_groups(state_dict["param_groups"])
         model = self.model
-        now = {
-            "eps": model.eps,
-            "noise": model.noise,
-            "queries": model.queries,
-            "clip": self.clip,
-            "scale": {name: head.scale for name, head in model._plan.parameters.items()},
-        }
-        different = [f"{k} was {saved[k]!r}, is {v!r}" for k, v in now.items() if saved[k] != v]
-        if different:
-            raise ValueError("the saved run differs: " + "; ".join(different))
         model.flush()
-        super().load_state_dict(copy.copy({k: v for k, v in state_dict.items() if k != "zo"}))
-        model._seed = int(saved["seed"])
-        model._key.copy_(torch.tensor([model.seed, int(saved["step"])], dtype=torch.int64))
-        self._skips.fill_(int(saved["skipped"]))
-        self._last_read_skips = int(saved["skipped"])
-        _forget_forwards(model)
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "zo"})
+        model._seed = saved["seed"]
+        model._key.copy_(torch.tensor([model.seed, saved["step"]], dtype=torch.int64))
+        self._skips.fill_(saved["skipped"])
+        self._last_read_skips = saved["skipped"]
+        model._forget_forwards()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy writes no log, and finds its own parameters; a scheduler's patch of `step` stays.
@@ -342,6 +339,33 @@ class ZOSGD(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._known = {id(p) for group in self.param_groups for p in group["params"]}
+
+
+def _check_rates(groups: Sequence[Mapping[str, Any]]) -> None:
+    for group in groups:
+        lr, decay = group["lr"], group["weight_decay"]
+        if not (_is_rate(lr) and _is_rate(decay)):
+            raise ValueError(
+                f"lr and weight_decay must be numbers or 0-d tensors >= 0, got {lr!r} and {decay!r}"
+            )
+
+
+def _is_rate(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.dim() == 0 and float(value) >= 0.0
+    return isinstance(value, Real) and not isinstance(value, bool) and float(value) >= 0.0
+
+
+def _check_groups(saved: Any) -> None:
+    """Groups of a state, which may have what a schedule keeps in them, too."""
+    if not isinstance(saved, (list, tuple)):
+        raise ValueError(f"param_groups of a state of ZOSGD must be a list, got {saved!r}")
+    for i, group in enumerate(saved):
+        entries = ("params", "lr", "weight_decay")
+        check_saved(f"ZOSGD, param_groups[{i}],", group, entries, {}, more=True)
+        if not isinstance(group["params"], (list, tuple)):
+            raise ValueError(f"params of param_groups[{i}] must be a list, got {group['params']!r}")
+    _check_rates(saved)
 
 
 def _complete_groups(
@@ -366,18 +390,6 @@ def _complete_groups(
     if rest or not complete:
         complete.append({"params": rest})
     return complete
-
-
-def _next_step(model: ElasticZO) -> None:
-    model._key.add_(model._next)
-    _forget_forwards(model)
-
-
-def _forget_forwards(model: ElasticZO) -> None:
-    model._found.zero_()
-    model._gated = False
-    model._micro_batches = 0
-    model._before = None
 
 
 __all__ = ["ZOSGD"]

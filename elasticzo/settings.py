@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -31,7 +31,44 @@ def check_number(name: str, value: Any, expected: str, accepts: Callable[[float]
 def check_draws(queries: Any, seed: Any) -> None:
     """What the noise is drawn for."""
     check_integer("queries", queries, 1, MAX_QUERIES - 1, "[1, 2^24)")
-    check_integer("seed", seed, 0, (1 << 63) - 1, "[0, 2^63)")
+    check_long("seed", seed)
+
+
+def check_long(name: str, value: Any) -> None:
+    """What a signed integer of 64 bits on the device can count."""
+    check_integer(name, value, 0, (1 << 63) - 1, "[0, 2^63)")
+
+
+def check_saved(
+    of: str, state: Any, now: Iterable[str], fixed: Mapping[str, Any], more: bool = False
+) -> None:
+    """A saved state has the entries `now` (and no `more`), those of `fixed` with the same values.
+
+    Raises: TypeError for what is no dictionary; ValueError that names the entries.
+    """
+    if not isinstance(state, Mapping):
+        raise TypeError(f"a state of {of} must be a dictionary, got {type(state).__name__}")
+    now = list(now)
+    missing = [k for k in now if k not in state]
+    unknown = [] if more else [k for k in state if k not in now]
+    if missing or unknown:
+        found = [f"without {', '.join(missing)}"] if missing else []
+        found += [f"with {', '.join(map(repr, unknown))}"] if unknown else []
+        raise ValueError(
+            f"a state of {of} must have the entries {', '.join(now)}; got one {' and '.join(found)}"
+        )
+    different = [
+        f"{k} was {state[k]!r}, is {v!r}" for k, v in fixed.items() if _differ(state[k], v)
+    ]
+    if different:
+        raise ValueError("the saved run differs: " + "; ".join(different))
+
+
+def _differ(a: Any, b: Any) -> bool:
+    try:
+        return bool(a != b)
+    except (RuntimeError, ValueError):  # tensors and arrays of many elements
+        return True
 
 
 def check_settings(
@@ -83,7 +120,9 @@ __all__ = [
     "check_budget",
     "check_draws",
     "check_integer",
+    "check_long",
     "check_number",
+    "check_saved",
     "check_settings",
     "check_state_tensors",
 ]

@@ -14,6 +14,7 @@ from elasticzo.deferred import Deferred, flush_others
 from elasticzo.distributed import refuse_sharded, refuse_wrapped
 from elasticzo.engine import UsesGenerator, each_half, run_stacked, taken_over
 from elasticzo.losses import all_finite, check_losses, select_source
+from elasticzo.nested import load_inside, loaded
 from elasticzo.passes import SMALL, Pass
 from elasticzo.plan import build_plan
 from elasticzo.precision import parse_compute_dtype
@@ -92,6 +93,7 @@ class ElasticZO(nn.Module):
         check_budget(tail, memory_budget, example_input, state_tensors)
         flush_others(model)
         self.module = model
+        self.register_load_state_dict_post_hook(loaded)  # type: ignore[no-untyped-call]
         self._wrapped_modules = list(model.modules())
         self.noise = noise
         self.queries = queries
@@ -350,9 +352,18 @@ class ElasticZO(nn.Module):
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
         self.flush()
-        self._micro_batches = 0  # a forward before this belongs to other weights
-        self._before = None
+        self._forget_forwards()
         return self.module.load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.flush()
+        self._forget_forwards()
+        load_inside(self, *args)
+
+    def _forget_forwards(self) -> None:
+        """What is known of this step belongs to other weights now, or to the step before."""
+        self._found.zero_()
+        self._gated, self._micro_batches, self._before = False, 0, None
 
     def train(self, mode: bool = True) -> ElasticZO:
         if not mode:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from elasticzo.int8.settings import check_perturbation, check_saved, check_signs
+from elasticzo.int8.settings import check_perturbation, check_signs
 from elasticzo.int8.wrapper import ElasticZOInt8
-from elasticzo.settings import check_draws, check_integer
+from elasticzo.settings import check_draws, check_integer, check_long, check_saved
 from zo_kernels import int8_update_, integer_projected_sign
 from zo_kernels._int8 import ROUNDINGS
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from elasticzo.int8.trajectory import Int8TrajectoryLog
 
 MAX_BITS = 31
-MAX_STEP = (1 << 63) - 1
 
 
 class Int8ZO:
@@ -114,7 +113,7 @@ class Int8ZO:
         model = self.model
         check_saved("Int8ZO", state_dict, self.state_dict(), self._settings())
         check_draws(model.queries, state_dict["seed"])
-        check_integer("step", state_dict["step"], 0, MAX_STEP, "[0, 2^63)")
+        check_long("step", state_dict["step"])
         check_integer("b_zo", state_dict["b_zo"], 0, MAX_BITS)
         check_perturbation(state_dict["r_max"], state_dict["p_zero"])
         check_signs(state_dict["signs"], model.queries)

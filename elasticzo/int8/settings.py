@@ -70,22 +70,6 @@ def check_tail(cut: Cut, layers: Iterable[str]) -> None:
         )
 
 
-def check_saved(of: str, state: Any, now: Mapping[str, Any], fixed: Iterable[str]) -> None:
-    """A saved state has the entries of `now`, those of `fixed` with the same values."""
-    if not isinstance(state, Mapping):
-        raise TypeError(f"a state of {of} must be a dictionary, got {type(state).__name__}")
-    missing, unknown = [k for k in now if k not in state], [k for k in state if k not in now]
-    if missing or unknown:
-        found = [f"without {', '.join(missing)}"] if missing else []
-        found += [f"with {', '.join(map(repr, unknown))}"] if unknown else []
-        raise ValueError(
-            f"a state of {of} must have the entries {', '.join(now)}; got one {' and '.join(found)}"
-        )
-    different = [f"{k} was {state[k]!r}, is {now[k]!r}" for k in fixed if state[k] != now[k]]
-    if different:
-        raise ValueError("the saved run differs: " + "; ".join(different))
-
-
 def check_signs(signs: Any, queries: int) -> None:
     fits = isinstance(signs, Tensor) and signs.dtype == torch.int32
     if not fits or list(signs.shape) != [queries] or bool((signs.abs() > 1).any()):
@@ -118,7 +102,6 @@ def check_state(state_dict: Mapping[str, Any], own: Mapping[str, Any]) -> None:
 __all__ = [
     "check_order",
     "check_perturbation",
-    "check_saved",
     "check_settings",
     "check_signs",
     "check_state",

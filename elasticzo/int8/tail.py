@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from elasticzo.int8.settings import check_saved
-from elasticzo.settings import check_integer
+from elasticzo.settings import check_integer, check_saved
 from zo_kernels import int8_gradient_update_
 from zo_kernels._int8 import ROUNDINGS
 
@@ -78,7 +77,7 @@ class Int8Tail:
         Raises: ValueError where an entry is missing, unknown or out of range, or the rounding of
             the saved run is another.
         """
-        check_saved("Int8Tail", state_dict, self.state_dict(), ["rounding"])
+        check_saved("Int8Tail", state_dict, self.state_dict(), {"rounding": self.rounding})
         self.b_bp = state_dict["b_bp"]
 
 

@@ -252,7 +252,7 @@ def test_optimizer_settings() -> None:
     model, _ = make()
     with pytest.raises(TypeError, match="model must be an ElasticZO, got Net"):
         ZOSGD(Net(), lr=0.1)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"lr and weight_decay must be >= 0, got -1.0"):
+    with pytest.raises(ValueError, match=r"numbers or 0-d tensors >= 0, got -1.0 and 0.0"):
         ZOSGD(model, lr=-1.0)
     with pytest.raises(ValueError, match=r"clip must be > 0 or None, got 0.0"):
         ZOSGD(model, lr=1.0, clip=0.0)
@@ -263,7 +263,7 @@ def test_state_of_another_run_is_refused() -> None:
     _, other = make(eps=1e-2, queries=2)
     with pytest.raises(ValueError, match=r"eps was 0.001, is 0.01; queries was 1, is 2"):
         other.load_state_dict(zo.state_dict())
-    with pytest.raises(ValueError, match="with a 'zo' entry"):
+    with pytest.raises(ValueError, match=r"ZOSGD must have the .* zo; got one without zo$"):
         other.load_state_dict(torch.optim.SGD([torch.zeros(1)]).state_dict())
 
 
