@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from elasticzo.deferred import Deferred
+from elasticzo.groups import check_groups, check_member, check_rates, complete_groups
 from elasticzo.losses import check_losses, projected_gradients
 from elasticzo.settings import check_long, check_saved
 from elasticzo.state import address
@@ -69,6 +69,12 @@ _REPLACED = (
 )
 
 
+_COARSE = (
+    "the losses are {}: what L+ and L- differ by may be less than one rounding of them; compute "
+    "them in float32, as by pair_losses(loss, outputs.float(), ...)"
+)
+
+
 class ZOSGD(torch.optim.Optimizer):
     """Stochastic gradient descent along the projected gradients of the head.
 
@@ -108,11 +114,12 @@ class ZOSGD(torch.optim.Optimizer):
         self.defer = defer
         self._log: TrajectoryLog | None = None
         self._last_read_skips = 0
+        self._warned = False  # of losses that are too coarse
         self._cached: tuple[Any, Targets] | None = None
         self._parts: tuple[Targets, Targets, Targets] | None = None
         self._settings: dict[str, tuple[Tensor, list[Any]]] = {}
-        super().__init__(_complete_groups(model, groups), {"lr": lr, "weight_decay": weight_decay})
-        _check_rates(self.param_groups)
+        super().__init__(complete_groups(model, groups), {"lr": lr, "weight_decay": weight_decay})
+        check_rates(self.param_groups)
         self._known = {id(p) for group in self.param_groups for p in group["params"]}
         device = model._key.device
         self._skips = torch.zeros((), dtype=torch.int64, device=device)
@@ -226,6 +233,9 @@ class ZOSGD(torch.optim.Optimizer):
         if not losses.is_floating_point():
             losses = losses.to(torch.float64)
         check_losses(losses, model.halves)
+        if losses.dtype.itemsize < 4 and not (self._warned or model.cut.everything):
+            self._warned = True
+            warnings.warn(_COARSE.format(losses.dtype), stacklevel=3)
         on_device: Tensor = losses.to(model._key.device, non_blocking=True)
         return on_device
 
@@ -265,6 +275,11 @@ class ZOSGD(torch.optim.Optimizer):
                 kept[i].fill_(value)  # a launch with the number in it: nothing is copied, or waits
         self._settings[name] = (kept, values)
         return kept
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """torch builds the groups by it; parameters outside of the head are refused."""
+        params = check_member("param_group", param_group, self.model)
+        super().add_param_group({**param_group, "params": params})
 
     # ---- what happened
 
@@ -321,7 +336,7 @@ class ZOSGD(torch.optim.Optimizer):
         )
         for name in ("seed", "step", "skipped"):
             check_long(name, saved[name])
-        _check_groups(state_dict["param_groups"])
+        check_groups(state_dict["param_groups"])
         model = self.model
         model.flush()
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "zo"})
@@ -339,57 +354,6 @@ class ZOSGD(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._known = {id(p) for group in self.param_groups for p in group["params"]}
-
-
-def _check_rates(groups: Sequence[Mapping[str, Any]]) -> None:
-    for group in groups:
-        lr, decay = group["lr"], group["weight_decay"]
-        if not (_is_rate(lr) and _is_rate(decay)):
-            raise ValueError(
-                f"lr and weight_decay must be numbers or 0-d tensors >= 0, got {lr!r} and {decay!r}"
-            )
-
-
-def _is_rate(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return value.dim() == 0 and float(value) >= 0.0
-    return isinstance(value, Real) and not isinstance(value, bool) and float(value) >= 0.0
-
-
-def _check_groups(saved: Any) -> None:
-    """Groups of a state, which may have what a schedule keeps in them, too."""
-    if not isinstance(saved, (list, tuple)):
-        raise ValueError(f"param_groups of a state of ZOSGD must be a list, got {saved!r}")
-    for i, group in enumerate(saved):
-        entries = ("params", "lr", "weight_decay")
-        check_saved(f"ZOSGD, param_groups[{i}],", group, entries, {}, more=True)
-        if not isinstance(group["params"], (list, tuple)):
-            raise ValueError(f"params of param_groups[{i}] must be a list, got {group['params']!r}")
-    _check_rates(saved)
-
-
-def _complete_groups(
-    model: ElasticZO, groups: Sequence[dict[str, Any]] | None
-) -> list[dict[str, Any]]:
-    """The given groups, and one of all head parameters that are in none of them."""
-    head = {id(p): name for name, p in model.named_head_parameters()}
-    complete, taken = [], set()
-    for i, group in enumerate(groups or []):
-        if not isinstance(group, dict) or "params" not in group:
-            raise TypeError(f"groups[{i}] must be a dictionary with 'params', got {group!r}")
-        unknown = set(group) - {"params", "lr", "weight_decay", "name"}
-        if unknown:
-            raise ValueError(f"groups[{i}] has unknown keys {sorted(unknown)}")
-        params = group["params"]
-        params = [params] if isinstance(params, Tensor) else list(params)
-        if any(id(p) not in head for p in params):
-            raise ValueError(f"groups[{i}] has a parameter that is not in the head")
-        taken |= {id(p) for p in params}
-        complete.append({**group, "params": params})
-    rest = [p for p in model.head_parameters() if id(p) not in taken]
-    if rest or not complete:
-        complete.append({"params": rest})
-    return complete
 
 
 __all__ = ["ZOSGD"]

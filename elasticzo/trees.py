@@ -62,8 +62,14 @@ def stack_inputs(tree: Any, n: int) -> tuple[Any, set[int], dict[int, tuple[Tens
 
     Returns: the stacked tree, the ids of the tensors that are shared by all halves, and those that
     carry the batch, by id: (stacked, its version, one half).
-    Raises: ValueError for an input whose dimension 0 is not the batch and is not declared.
+    Raises: ValueError for an input whose dimension 0 is not the batch and is not declared;
+        RuntimeError in inference mode, whose tensors do not tell whether they were written.
     """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "a training forward of stacked halves cannot run under torch.inference_mode(): use "
+            "torch.no_grad(), or pairing='sequential'"
+        )
     leaves, spec = pytree.tree_flatten(tree)
     batch = next((x.shape[0] for x in leaves if isinstance(x, Tensor) and x.dim() > 0), None)
     if batch is None:

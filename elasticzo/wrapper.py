@@ -51,7 +51,7 @@ class ElasticZO(nn.Module):
         eps: perturbation scale.
         noise: "normal" or "rademacher".
         queries: directions a step, Q.
-        seed: of the run, in [0, 2^63).
+        seed: of the run, in [0, 2^63). Models of one seed draw the same `z`: give each its own.
         pairing: "stacked" (the halves as one batch) or "sequential" (one after the other:
             inference's activation memory; for models that mix rows, or have no batch in front).
         backend: "auto", "triton", "numba" or "reference"; `self.backend` says which one runs.
@@ -318,15 +318,14 @@ class ElasticZO(nn.Module):
         finite = all_finite(losses, source)
         self._found.copy_(torch.maximum(self._found, (~finite).to(torch.float32)))
         self._gated = True
-        if not self.cut.tail_parameters:
-            return
         loss = select_source(losses, source)
-        if not loss.requires_grad:
+        if loss.requires_grad:  # through the tail, and layers outside of the model
+            loss.backward()  # type: ignore[no-untyped-call]
+        elif self.cut.tail_parameters:
             raise ValueError(
-                "the losses carry no gradient to the tail: was the forward under no_grad, or were "
-                "the losses detached?"
+                "the losses carry no gradient to the tail: was the forward under no_grad, were the "
+                "losses detached, or was the tail frozen since it was wrapped?"
             )
-        loss.backward()  # type: ignore[no-untyped-call]
 
     def tail_optimizer(
         self, cls: type[torch.optim.Optimizer], **settings: Any
