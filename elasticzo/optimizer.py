@@ -235,7 +235,7 @@ class ZOSGD(torch.optim.Optimizer):
         check_losses(losses, model.halves)
         if losses.dtype.itemsize < 4 and not (self._warned or model.cut.everything):
             self._warned = True
-            warnings.warn(_COARSE.format(losses.dtype), stacklevel=3)
+            warnings.warn(_COARSE.format(losses.dtype), stacklevel=5)  # torch wraps `step` twice
         on_device: Tensor = losses.to(model._key.device, non_blocking=True)
         return on_device
 

@@ -123,8 +123,11 @@ def test_losses_too_coarse_for_a_difference() -> None:
     model.to(torch.bfloat16)
     zo = ZOSGD(model, lr=0.1)
     logits = model(X.bfloat16())
-    with pytest.warns(UserWarning, match=r"losses are torch.bfloat16: .*outputs.float\(\)"):
+    with pytest.warns(
+        UserWarning, match=r"losses are torch.bfloat16: .*outputs.float\(\)"
+    ) as caught:
         zo.step(pair_losses(F.cross_entropy, logits, Y))
+    assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         zo.step(pair_losses(F.cross_entropy, model(X.bfloat16()), Y))  # once is enough

@@ -87,6 +87,12 @@ def test_states_of_plain_models_fit_and_back() -> None:
     assert equal(plain, wrapped)
 
 
+def test_a_model_whose_own_states_have_versions() -> None:
+    source, target = (nn.Sequential(ElasticZO(Versioned(4, 3), tail=0)) for _ in range(2))
+    target.load_state_dict(source.state_dict())
+    assert list(source.state_dict()) == ["0.weight", "0.bias"] and equal(source, target)
+
+
 def test_a_wrapper_in_a_wrapper() -> None:
     source, target = (Outer(lambda m: ElasticZO(ElasticZO(m, tail=1), tail=1)) for _ in range(2))
     target.load_state_dict(source.state_dict())

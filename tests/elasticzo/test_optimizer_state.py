@@ -67,7 +67,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("change", "message"), [c[:2] for c in CASES], ids=[c[2] for c in CASES])
+@pytest.mark.parametrize(
+    ("change", "message"), [c[:2] for c in CASES], ids=[c[2][:40] for c in CASES]
+)
 def test_wrong_states_are_refused_and_load_nothing(change: Any, message: str) -> None:
     saved = trained().state_dict()
     bad = change(copy.deepcopy(saved))
