@@ -6,7 +6,8 @@ are staged, activations that are alive, what autograd saves for the tail, gradie
 count because the code holds them; the optimiser's state by the number of its tensors.
 
 Not counted: what torch's allocator does not see (CUDA's context, cuBLAS's and cuDNN's workspaces,
-fragments), what cuDNN's recurrent layers keep for their backward, temporaries of an optimiser that
+fragments), what cuDNN's recurrent layers keep for their backward, copies of the generator's state
+(5 KB each on the CPU), temporaries of an optimiser that
 is not fused, and of noise that is not made by a kernel (the reference backend; on the CPU weights
 that are not float32).
 
