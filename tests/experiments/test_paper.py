@@ -19,6 +19,7 @@ from experiments.paper.plan import Filter, Plan
 from experiments.paper.presets import PRESETS, Preset
 from experiments.paper.tuning import candidates, choose
 from experiments.resolve import resolve
+from tests.experiments.paper_results import study
 
 SMOKE = PRESETS["smoke"]
 TINY = replace(
@@ -83,9 +84,9 @@ def test_a_set_alone_has_all_that_it_needs() -> None:
 def test_clouds_have_no_fine_tuning() -> None:
     found = Plan(PRESETS["cpu"], Path("data"), Path("runs"))
     clouds = [c for c in found.cells if c.data == "modelnet10"]
-    assert {c.section for c in clouds} == {"grid"}
+    assert {c.section for c in clouds} == {"tuning", "grid"}
     config = found.base(clouds[0])
-    assert (config.model, config.points, config.rotate) == ("pointnet", 256, None)
+    assert (config.model, config.points, config.rotate) == ("pointnet", 128, None)
     assert Plan(replace(PRESETS["gpu"], device="cpu"), Path("data"), Path("runs")).cells
     with pytest.raises(ValueError, match=r"rotations belong to images, got \(30.0,\)"):
         replace(PRESETS["cpu"].task("modelnet10"), rotations=(30.0,))
@@ -126,6 +127,14 @@ def test_every_method_has_as_many_settings_and_its_recipe_is_one(
 def test_the_first_of_the_best_is_chosen() -> None:
     assert choose({"a": [90.0, 92.0], "b": [95.0, 88.0], "c": [91.0, 91.0]}) == "b"
     assert choose({"a": [90.0, 92.0], "c": [91.0, 91.0]}) == "a"
+
+
+def test_nothing_is_chosen_before_all_settings_ran() -> None:
+    part = study(ran=lambda cell: cell.section == "tuning" and cell.candidate == "recipe")
+    assert all(record["chosen"] is None for record in part["tuning"])
+    assert any(record["tried"][0]["accuracies"] for record in part["tuning"])
+    whole = study(ran=lambda cell: cell.candidate is not None)
+    assert {record["chosen"] for record in whole["tuning"]} == {"recipe"}
 
 
 def test_the_grid_takes_the_chosen_setting() -> None:

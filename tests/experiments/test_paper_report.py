@@ -19,7 +19,7 @@ from experiments.paper.floors import Floor, floors, memory_floors
 from experiments.paper.report import __main__ as command
 from experiments.paper.report import measured
 from experiments.paper.report.blocks import Cell as Marked
-from experiments.paper.report.blocks import Table
+from experiments.paper.report.blocks import Table, made_by
 from experiments.paper.report.claims import claims
 from experiments.paper.report.generic import generic_tables
 from experiments.paper.report.others import SOURCES
@@ -98,6 +98,15 @@ def test_only_shared_seeds_are_compared() -> None:
 
 def by_promise(found: list[Floor], of: str) -> dict[str, tuple[str, str]]:
     return {f.promise.split(":")[0]: (f.status, f.measured) for f in found if f.of == of}
+
+
+def test_claims_leave_the_float_loss_out(tmp_path: Path) -> None:
+    def better(cell: Cell) -> float:
+        lifted = cell.arithmetic == "int8-float" and cell.method == "cls1"
+        return made_up(cell) + 1.5 * lifted
+
+    found = rows(claims([Runs(study(accuracy=better), "cpu")], tmp_path))
+    assert [line[1] for line in found.values()][:2] == ["+18.1 to +18.1 points"] * 2
 
 
 def test_floors_kept(runs: Runs, tmp_path: Path) -> None:
@@ -320,6 +329,24 @@ def test_results_of_another_layout_are_named(
     write_json(tmp_path / "breakdown_cpu.json", {"command": "x"})
     assert command.main(["--results", str(tmp_path), "--out", str(tmp_path / "i.html")]) == 2
     assert "breakdown_cpu.json is not of a known layout: 'rows' is" in capsys.readouterr().err
+
+
+def test_a_study_of_another_layout_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_json(tmp_path / "paper_cpu.json", {"command": "x", "seeds": [0]})
+    assert command.main(["--results", str(tmp_path), "--out", str(tmp_path / "i.html")]) == 2
+    assert "paper_cpu.json is not of a known layout: 'tasks' is missing" in capsys.readouterr().err
+
+
+def test_what_made_the_sections_is_said() -> None:
+    sections = {
+        "eps": {"seeds": [0], "hardware": "a machine", "commit": "0123456789abcdef"},
+        "tail": {"seeds": [0, 1], "hardware": "a machine", "commit": "f" * 40},
+    }
+    told = "a machine; commit 0123456789; commit ffffffffff; seeds 0; seeds 0, 1"
+    assert made_by({"command": "x", "sections": sections}) == told
+    assert made_by({"commits": ["0" * 40], "hardware": ["a", "b"]}) == "a; b; commit 0000000000"
 
 
 def test_results_that_nobody_described() -> None:
