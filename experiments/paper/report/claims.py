@@ -30,8 +30,8 @@ def claims(studies: Sequence[Runs], folder: Path) -> Table:
     caption = (
         "Paper: from the abstract, which names no split; data sets, lengths and devices differ. "
         "Here: the range over data sets and both arithmetics of the better of Cls2 and Cls1; "
-        "memory of Cls2 over Full ZO, on each elastic curve; FP32 over INT8: Full ZO, Cls2 and Cls1 of "
-        "LeNet-5 on a CPU; peaks as measured."
+        "memory of Cls2 over Full ZO, on each elastic curve; FP32 over INT8: Full ZO, Cls2 and "
+        "Cls1 of LeNet-5 on a CPU; peaks as measured."
     )
     return Table(["claim", "paper", "here"], rows, caption)
 
