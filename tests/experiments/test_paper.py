@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 from dataclasses import replace
@@ -17,6 +18,7 @@ from experiments.paper import pool
 from experiments.paper.cells import WAVES, Cell, needs, source
 from experiments.paper.plan import Filter, Plan
 from experiments.paper.presets import PRESETS, Preset
+from experiments.paper.progress import Meter
 from experiments.paper.tuning import candidates, choose
 from experiments.resolve import resolve
 from tests.experiments.paper_results import study
@@ -224,6 +226,20 @@ def test_processes_beside_each_other_stop_and_go_on(tmp_path: Path) -> None:
     assert {cell: again[cell] for cell in first} == {c: ("done", r) for c, r in first.items()}
     assert len(again) == len(tuning)
     assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_killed_process_ends_the_study_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def killed(self: Meter, cell: Cell, step: int) -> None:
+        for child in multiprocessing.active_children():
+            child.kill()
+
+    monkeypatch.setattr(Meter, "tick", killed)
+    assert command.main(arguments(tmp_path, "--processes", "2", "--only", "tuning")) == 1
+    assert "error: a run's process was killed" in capsys.readouterr().err
+    assert (tmp_path / "paper_smoke.json").exists()
 
 
 @pytest.mark.usefixtures("tiny")
