@@ -1,4 +1,4 @@
-"""Peaks where torch's shape functions mislead: LSTMs on the CPU, and attention."""
+"""Peaks where what torch says of an op misleads: LSTMs on the CPU, attention, sums of masks."""
 
 from __future__ import annotations
 
@@ -49,13 +49,24 @@ class Recurrent(nn.Module):
         return self.fc(self.lstm(x)[0].mean(1))
 
 
+class Largest(nn.Module):
+    """The maximum over points; its gradient sums a mask, which becomes int64 first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv1d(12, 64, 1), nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.gelu(self.conv(x)).amax(-1))
+
+
 @pytest.mark.parametrize("tail", [0, 1, "all"])
 @pytest.mark.parametrize("pairing", ["stacked", "sequential"])
-@pytest.mark.parametrize("made", [Attention, Recurrent])
+@pytest.mark.parametrize("made", [Attention, Recurrent, Largest])
 def test_ops_whose_shape_functions_mislead(made: type[nn.Module], pairing: str, tail: Any) -> None:
     """Attention is tagged as drawing from the generator, which would price its halves one by one;
-    of the LSTM's workspace nothing is said."""
-    x = torch.randn(40, 12, 16 if made is Attention else 24)
+    of the LSTM's workspace, and of a sum's copy in another dtype, nothing is said."""
+    x = torch.randn(40, 12, {Attention: 16, Recurrent: 24, Largest: 100}[made])
 
     def wrapped() -> ElasticZO:
         return ElasticZO(made(), tail, pairing=pairing, eps=1e-2).train()
