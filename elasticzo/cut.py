@@ -57,7 +57,8 @@ def resolve_cut(model: nn.Module, tail: Tail) -> Cut:
     """Resolve `tail` (names, a count of last layers, or "all") on a model.
 
     Raises:
-        ValueError: an unknown or empty name, a count out of range, a parameter on both sides.
+        ValueError: an unknown or empty name, names without parameters, a count out of range, a
+            parameter on both sides.
         TypeError: a `tail` of another kind.
     """
     everything = isinstance(tail, str) and tail == "all"
@@ -97,14 +98,28 @@ def _tail_modules(model: nn.Module, tail: Tail) -> set[str]:
     names = [tail] if isinstance(tail, str) else list(tail)
     if not names:
         raise ValueError("tail=[] names no module; for Full ZO (no tail) use tail=0")
-    return {inner for name in names for inner in _with_children(model, name)}
+    found = {inner for name in names for inner in _with_children(model, name)}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if not any(_owns(modules[name]) for name in found):
+        raise ValueError(
+            f"tail={names} names no module with parameters; for Full ZO (no tail) use tail=0; "
+            f"layers of this model: {_layers(model)}"
+        )
+    return found
+
+
+def _layers(model: nn.Module) -> str:
+    """For people."""
+    named = model.named_modules(remove_duplicate=False)
+    return ", ".join(name for name, module in named if name and _owns(module))
 
 
 def _with_children(model: nn.Module, name: object) -> Iterator[str]:
     known = dict(model.named_modules(remove_duplicate=False))
     if not isinstance(name, str) or not name or name not in known:
-        layers = ", ".join(n for n, m in known.items() if n and _owns(m))
-        raise ValueError(f"tail names an unknown module {name!r}; layers of this model: {layers}")
+        raise ValueError(
+            f"tail names an unknown module {name!r}; layers of this model: {_layers(model)}"
+        )
     for inner, _ in known[name].named_modules(remove_duplicate=False):
         yield f"{name}.{inner}" if inner else name
 

@@ -1,8 +1,9 @@
-"""What a convolution on the CPU holds while it runs, measured on a few samples.
+"""What an op on the CPU holds while it runs, above its inputs and outputs.
 
-oneDNN works on copies in blocked layouts: LeNet-5's first convolution writes 16 channels where 6
-are wanted. Which copies, the processor and the shapes decide; so the op itself is run on two
-samples and on four, and each of its allocations continued on the straight line through the two.
+Convolutions: oneDNN works on copies in blocked layouts; LeNet-5's first convolution writes 16
+channels where 6 are wanted. Which copies, the processor and the shapes decide; so the op itself is
+run on two samples and on four, and each of its allocations continued on the straight line through
+the two. Sums and products of two dtypes: torch copies what is not of the common one.
 """
 
 from __future__ import annotations
@@ -25,6 +26,25 @@ SCRATCH_OPS: dict[Any, tuple[tuple[int, ...], int]] = {
     torch.ops.aten.convolution.default: ((0,), 1),
     torch.ops.aten.convolution_backward.default: ((0, 1), 2),
 }
+
+# Ops of two operands that are brought to a common dtype first; on a GPU in registers.
+ARITHMETIC = ("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "maximum", "minimum")
+COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
+PROMOTING = frozenset(getattr(torch.ops.aten, name) for name in (*ARITHMETIC, *COMPARISONS))
+SUMS = (torch.ops.aten.sum,)  # integers are copied to int64 first
+
+
+def copies_inside(func: Any, args: Any) -> int:
+    """Bytes of the operands' copies in the common dtype that an op makes for itself."""
+    kind = func.overloadpacket
+    tensors = [x for x in args[:2] if isinstance(x, Tensor)]
+    if kind in SUMS and tensors and not tensors[0].is_floating_point():
+        wanted = torch.int64
+    elif kind in PROMOTING and len(tensors) == 2:
+        wanted = torch.result_type(*tensors)
+    else:
+        return 0
+    return sum(t.numel() * wanted.itemsize for t in tensors if t.dim() and t.dtype != wanted)
 
 
 def peak_inside(func: Any, args: Any, kwargs: Any) -> int:
@@ -96,4 +116,4 @@ def allocations(run: Callable[[], object]) -> tuple[int, ...]:
     return tuple(e.cpu_memory_usage() for e in events)
 
 
-__all__ = ["SCRATCH_OPS", "allocations", "peak_inside"]
+__all__ = ["SCRATCH_OPS", "allocations", "copies_inside", "peak_inside"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,27 @@ from torch import nn
 from elasticzo.distributed import refuse_wrapped
 from zo_kernels import BACKENDS
 from zo_kernels._lib import MAX_QUERIES, NOISES
+
+
+def check_integer(name: str, value: Any, low: int, high: int, span: str | None = None) -> None:
+    """An int (True and 3.0 are none) in [low, high]; `span` is how to write that."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(
+            f"{name} must be an integer in {span or f'[{low}, {high}]'}, got {value!r}"
+        )
+
+
+def check_number(name: str, value: Any, expected: str, accepts: Callable[[float], bool]) -> None:
+    """An int or float (True is none) that `accepts` takes, which `expected` puts in words."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (number and accepts(value)):
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
+
+
+def check_draws(queries: Any, seed: Any) -> None:
+    """What the noise is drawn for."""
+    check_integer("queries", queries, 1, MAX_QUERIES - 1, "[1, 2^24)")
+    check_integer("seed", seed, 0, (1 << 63) - 1, "[0, 2^63)")
 
 
 def check_settings(
@@ -24,14 +46,10 @@ def check_settings(
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise TypeError(f"model must be an nn.Module in Python, got {type(model).__name__}")
     refuse_wrapped(type(model).__name__, model)
-    if not (isinstance(eps, (int, float)) and 0.0 < eps < float("inf")):
-        raise ValueError(f"eps must be a finite number > 0, got {eps!r}")
+    check_number("eps", eps, "a finite number > 0", lambda v: 0.0 < v < float("inf"))
     if noise not in NOISES:
         raise ValueError(f"noise must be one of {NOISES}, got {noise!r}")
-    if not (isinstance(queries, int) and 1 <= queries < MAX_QUERIES):
-        raise ValueError(f"queries must be an integer in [1, 2^24), got {queries!r}")
-    if not (isinstance(seed, int) and 0 <= seed < 1 << 63):
-        raise ValueError(f"seed must be an integer in [0, 2^63), got {seed!r}")
+    check_draws(queries, seed)
     if pairing not in ("stacked", "sequential"):
         raise ValueError(f"pairing must be 'stacked' or 'sequential', got {pairing!r}")
     if backend not in BACKENDS:
@@ -61,4 +79,11 @@ def check_state_tensors(count: Any) -> None:
         raise ValueError(f"state_tensors must be an integer >= 0, got {count!r}")
 
 
-__all__ = ["check_budget", "check_settings", "check_state_tensors"]
+__all__ = [
+    "check_budget",
+    "check_draws",
+    "check_integer",
+    "check_number",
+    "check_settings",
+    "check_state_tensors",
+]

@@ -22,12 +22,11 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from elasticzo.recurrent import LSTM, LSTM_OPS, lstm_inside
-from elasticzo.scratch import SCRATCH_OPS, peak_inside
+from elasticzo.scratch import SCRATCH_OPS, copies_inside, peak_inside
 
 CUDA_BLOCK = 512  # bytes: the caching allocator rounds up to it
 OTHER = "activations"  # what nobody labelled: outputs, what autograd saved, temporaries
 HALVES = ("zo_kernels::perturbed_weights", "zo_kernels::stage_")  # ops that write W+ and W-
-SUMS = (torch.ops.aten.sum.dim_IntList, torch.ops.aten.sum.default)
 
 
 @dataclass
@@ -76,12 +75,12 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **kwargs)
         if func is LSTM:
             result = (*result[:3], torch.empty(workspace, dtype=torch.uint8))
+        copies = copies_inside(func, args) if self.device.type == "cpu" else 0
         if _draws(func, args, kwargs):
             with unset_fake_temporarily():
                 torch.rand((), device=self.device)
         self.note(result, at=str(func))
-        if func in SUMS:
-            self._reach(str(func), _converted(args[0], result))
+        self._reach(str(func), copies)
         if func.name() in HALVES:
             self.note((result, args[0] if result is None else ()), "halves")
         return result
@@ -121,13 +120,6 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         found, self.peak = self.peak, Peak()
         self._reach("", 0)
         return found
-
-
-def _converted(x: Tensor, total: Tensor) -> int:
-    """Bytes of the copy of another dtype that a sum makes of its whole input: int64 of a mask, as
-    the gradient of a maximum sums one. On CUDA float16 and bfloat16 are read as they are."""
-    read = x.device.type == "cuda" and x.dtype in (torch.float16, torch.bfloat16)
-    return 0 if x.dtype == total.dtype or read else x.numel() * total.itemsize
 
 
 def _draws(func: Any, args: Any, kwargs: Any) -> bool:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from elasticzo.losses import projected_gradients
+from elasticzo.settings import check_integer
 from zo_kernels import update_
 
 if TYPE_CHECKING:
@@ -26,13 +27,14 @@ if TYPE_CHECKING:
 
 FORMAT = "elasticzo-trajectory-1"
 CAPACITY = 1024
+MAX_CAPACITY = 1 << 24
 
 
 class TrajectoryLog:
     """Writes a run of `zo` to a file.
 
     Steps are collected in a ring buffer on the device; `drain` writes them out (and is called when
-    the ring is full), so that a step itself waits for nothing.
+    the ring is full; the last steps are yours to drain), so that a step itself waits for nothing.
 
     Args:
         path: of the file; made new unless `resume`.
@@ -45,6 +47,7 @@ class TrajectoryLog:
     def __init__(
         self, path: str | Path, zo: ZOSGD, resume: bool = False, capacity: int = CAPACITY
     ) -> None:
+        check_capacity(capacity)
         self.path = Path(path)
         model = zo.model
         self.header = _header(zo)
@@ -85,6 +88,10 @@ class TrajectoryLog:
             records.append(record)
         append_records(self.path, records)
         self._filled = 0
+
+
+def check_capacity(capacity: Any) -> None:
+    check_integer("capacity", capacity, 1, MAX_CAPACITY, "[1, 2^24]")
 
 
 def open_log(path: Path, header: dict[str, Any], resume: bool, step: int) -> dict[str, Any]:
@@ -274,6 +281,7 @@ def _write_whole(path: Path, text: str) -> None:
 __all__ = [
     "TrajectoryLog",
     "append_records",
+    "check_capacity",
     "open_log",
     "package_versions",
     "read_trajectory",

@@ -71,7 +71,8 @@ def _converted(
     net.load_state_dict(state)
     assert config.logit_shift is not None
     with torch.no_grad():
-        last_layer(net).weight.mul_(2.0**-config.logit_shift)
+        for p in last_layer(net).parameters():
+            p.mul_(2.0**-config.logit_shift)
     converted: dict[str, Any] = Int8Network(net, drop_biases=True).tree.state_dict()
     return converted
 

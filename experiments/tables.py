@@ -81,8 +81,8 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 # What each document must have; further tables are written where they are.
 DOCUMENTS: Mapping[Path, tuple[str, ...]] = {
-    README: ("cost", "int8", "int8-cost"),
-    STUDY: ("claims", "floors", "scratch", "finetune", "int8-gap"),
+    README: ("paper", "cost", "paper-int8", "int8-cost"),
+    STUDY: ("claims", "floors", "scratch", "finetune", "int8-gap", "accuracy", "int8"),
 }
 
 

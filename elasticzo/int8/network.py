@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,11 +15,12 @@ from elasticzo.models.points import MaxPoints
 
 WEIGHTS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+LARGE_SHARE = 0.25
 KNOWN = (*WEIGHTS, *NORMS, nn.ReLU, nn.MaxPool2d, nn.Flatten, nn.Identity, MaxPoints)
 
 
-class Int8Network(nn.Module):
-    """A chain of blocks; its layers sit under the names of the float model's modules.
+class Int8Network:
+    """A chain of blocks; `tree` has its layers under the names of the float model's modules.
 
     Args:
         model: nested `nn.Sequential` of Linear, Conv1d, Conv2d, BatchNorm (folded into the layer
@@ -26,23 +28,32 @@ class Int8Network(nn.Module):
         drop_biases: leave biases that are not zero out, also those that folding makes.
     Raises: TypeError that names an unsupported module; ValueError for settings or biases that
         have no int8 counterpart.
+    Warns: UserWarning that names the layers whose dropped biases have a root mean square above a
+        quarter of the standard deviation of the layer's outputs. So large a shift of a ReLU's
+        input turns up to a tenth of it on or off (a quarter of 0.4, the density of a normal at its
+        mode). That deviation is what a BatchNorm's statistics say of its outputs; without one, the
+        norm of a weight row: what independent inputs of mean square 1 make.
     """
 
     def __init__(self, model: nn.Module, drop_biases: bool = False) -> None:
-        super().__init__()
-        self.tree = nn.Module()  # a name space of its own: a layer may be called as it likes
+        self.tree = nn.Module()
         self.before: list[Pool | str] = []  # what precedes the first weight
         self.blocks: list[Block] = []
+        dropped: dict[str, float] = {}
+        if not isinstance(drop_biases, bool):
+            raise TypeError(f"drop_biases must be True or False, got {drop_biases!r}")
         leaves = list(_leaves(model))
         for place, (name, module) in enumerate(leaves):
             if isinstance(module, WEIGHTS):
-                norm = leaves[place + 1][1] if place + 1 < len(leaves) else None
-                weight, bias = _folded(module, norm if isinstance(norm, NORMS) else None)
+                behind = leaves[place + 1][1] if place + 1 < len(leaves) else None
+                norm = behind if isinstance(behind, NORMS) else None
+                weight, bias = _folded(module, norm)
                 if bias is not None and bool(bias.any()) and not drop_biases:
                     raise ValueError(
                         f"{name!r} has a bias, or a BatchNorm that makes one; int8 layers have "
                         "none: drop_biases=True leaves it out"
                     )
+                dropped[name] = _share(weight, bias, norm)
                 layer = Int8Layer(
                     quantize_weight(weight), len(self.blocks), *_geometry(name, module)
                 )
@@ -58,6 +69,7 @@ class Int8Network(nn.Module):
         if not self.blocks:
             raise ValueError("the model has no Linear, Conv1d or Conv2d")
         self.layers = {block.name: block.layer for block in self.blocks}
+        _warn_of(dropped)
 
     def _follow(self, name: str, module: nn.Module) -> None:
         """A module without weights, behind the last block."""
@@ -75,9 +87,6 @@ class Int8Network(nn.Module):
             block.relu = True
         else:
             block.flatten = True
-
-    def forward(self, *args: Any) -> Any:
-        raise RuntimeError("an Int8Network runs inside ElasticZOInt8")
 
 
 def _leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -141,6 +150,33 @@ def _folded(module: nn.Module, norm: nn.Module | None) -> tuple[Tensor, Tensor |
     factor = gamma if fresh else gamma / torch.sqrt(var + norm.eps)
     bias = (torch.zeros_like(mean) if bias is None else bias) - mean
     return weight * factor.reshape(-1, *[1] * (weight.ndim - 1)), bias * factor + beta
+
+
+def _share(weight: Tensor, bias: Tensor | None, norm: nn.Module | None) -> float:
+    """Root mean square of folded biases over that of the outputs' standard deviations."""
+    if bias is None or not bool(bias.any()):
+        return 0.0
+    if norm is None:
+        power = weight.flatten(1).square().sum(1)
+    else:
+        assert isinstance(norm, NORMS) and norm.running_var is not None
+        var = norm.running_var.to("cpu", torch.float64)
+        power = var / (var + norm.eps)
+        if norm.affine:
+            power = power * norm.weight.detach().to("cpu", torch.float64).square()
+    share = bias.square().mean() / power.mean()  # infinite of a layer without outputs
+    return float(share.sqrt())
+
+
+def _warn_of(shares: dict[str, float]) -> None:
+    large = [f"{name!r} ({share:.2f})" for name, share in shares.items() if share > LARGE_SHARE]
+    if large:
+        warnings.warn(
+            f"dropping the biases (a folded BatchNorm's are among them) of {', '.join(large)} "
+            f"shifts these layers' outputs by more than {LARGE_SHARE} of their standard deviation: "
+            "expect other results than the float model's until the integer network is trained",
+            stacklevel=4,
+        )
 
 
 def _geometry(name: str, module: nn.Module) -> tuple[Two, ...]:

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from elasticzo.int8.settings import check_perturbation, check_saved, check_signs
 from elasticzo.int8.wrapper import ElasticZOInt8
+from elasticzo.settings import check_draws, check_integer
 from zo_kernels import int8_update_, integer_projected_sign
 from zo_kernels._int8 import ROUNDINGS
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from elasticzo.int8.trajectory import Int8TrajectoryLog
 
 MAX_BITS = 31
+MAX_STEP = (1 << 63) - 1
 
 
 class Int8ZO:
@@ -46,8 +49,7 @@ class Int8ZO:
 
     @b_zo.setter
     def b_zo(self, value: int) -> None:
-        if not (isinstance(value, int) and 0 <= value <= MAX_BITS):
-            raise ValueError(f"b_zo must be an integer in [0, {MAX_BITS}], got {value!r}")
+        check_integer("b_zo", value, 0, MAX_BITS)
         self._b_zo = value
 
     def step(self, losses: Tensor) -> None:
@@ -106,20 +108,20 @@ class Int8ZO:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue a run: the noise goes on where it stood.
 
-        Raises: ValueError where the settings of the saved run are others.
+        Raises: ValueError where an entry is missing, unknown or out of range, or where the settings
+            of the saved run are others; nothing is loaded then.
         """
-        now = self._settings()
-        different = [
-            f"{k} was {state_dict[k]!r}, is {v!r}" for k, v in now.items() if state_dict[k] != v
-        ]
-        if different:
-            raise ValueError("the saved run differs: " + "; ".join(different))
         model = self.model
-        model.forget_forwards()
-        model.set_noise(int(state_dict["r_max"]), float(state_dict["p_zero"]))
-        self.b_zo = int(state_dict["b_zo"])
+        check_saved("Int8ZO", state_dict, self.state_dict(), self._settings())
+        check_draws(model.queries, state_dict["seed"])
+        check_integer("step", state_dict["step"], 0, MAX_STEP, "[0, 2^63)")
+        check_integer("b_zo", state_dict["b_zo"], 0, MAX_BITS)
+        check_perturbation(state_dict["r_max"], state_dict["p_zero"])
+        check_signs(state_dict["signs"], model.queries)
+        model.go_to(state_dict["seed"], state_dict["step"])
+        model.set_noise(state_dict["r_max"], state_dict["p_zero"])
+        self.b_zo = state_dict["b_zo"]
         self.signs = state_dict["signs"].to(model._key.device)
-        model.go_to(int(state_dict["seed"]), int(state_dict["step"]))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_log": None}  # a copy writes no log

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from elasticzo.cut import Cut
 from elasticzo.int8.tensor import LIMIT, MAX_EXPONENT, MIN_EXPONENT
+from elasticzo.settings import check_draws, check_integer, check_number
 from zo_kernels import BACKENDS
 from zo_kernels._int8 import MAX_FRACTION_BITS
-from zo_kernels._lib import MAX_QUERIES
 
 LOSSES = ("integer", "float")
 PAIRINGS = ("stacked", "sequential")
@@ -32,23 +34,18 @@ def resolve_scale(head: list[str], scale: Mapping[str, float] | None) -> dict[st
         if not matched:
             names = ", ".join(head) or "none"
             raise ValueError(f"scale must match weights of the head ({names}), got {pattern!r}")
-        if not 0.0 <= s < float("inf"):
-            raise ValueError(f"scale of {pattern!r} must be in [0, inf), got {s}")
+        check_number(
+            f"scale of {pattern!r}", s, "a number in [0, inf)", lambda v: 0.0 <= v < float("inf")
+        )
         found |= dict.fromkeys(matched, float(s))
     return found
 
 
 def check_settings(
-    queries: int, seed: int, fraction_bits: int, loss: str, backend: str, pairing: str
+    queries: Any, seed: Any, fraction_bits: Any, loss: Any, backend: Any, pairing: Any
 ) -> None:
-    if not (isinstance(queries, int) and 1 <= queries < MAX_QUERIES):
-        raise ValueError(f"queries must be an integer in [1, 2^24), got {queries!r}")
-    if not (isinstance(seed, int) and 0 <= seed < 1 << 63):
-        raise ValueError(f"seed must be an integer in [0, 2^63), got {seed!r}")
-    if not (isinstance(fraction_bits, int) and 0 <= fraction_bits <= MAX_FRACTION_BITS):
-        raise ValueError(
-            f"fraction_bits must be an integer in [0, {MAX_FRACTION_BITS}], got {fraction_bits!r}"
-        )
+    check_draws(queries, seed)
+    check_integer("fraction_bits", fraction_bits, 0, MAX_FRACTION_BITS)
     for name, value, known in (
         ("loss", loss, LOSSES),
         ("backend", backend, BACKENDS),
@@ -58,10 +55,51 @@ def check_settings(
             raise ValueError(f"{name} must be one of {known}, got {value!r}")
 
 
+def check_perturbation(r_max: Any, p_zero: Any) -> None:
+    check_integer("r_max", r_max, 1, LIMIT)
+    check_number("p_zero", p_zero, "a number in [0, 1)", lambda v: 0.0 <= v < 1.0)
+
+
+def check_tail(cut: Cut, layers: Iterable[str]) -> None:
+    """A tail that is named must have a weight: names of BatchNorm alone have none left here."""
+    if cut.tail_modules and not any(name in cut.tail_modules for name in layers):
+        raise ValueError(
+            f"tail={cut.tail!r} names no layer of the integer network, whose BatchNorm is folded "
+            f"into the layer before it; layers: {', '.join(layers)}; for Full ZO (no tail) use "
+            "tail=0"
+        )
+
+
+def check_saved(of: str, state: Any, now: Mapping[str, Any], fixed: Iterable[str]) -> None:
+    """A saved state has the entries of `now`, those of `fixed` with the same values."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"a state of {of} must be a dictionary, got {type(state).__name__}")
+    missing, unknown = [k for k in now if k not in state], [k for k in state if k not in now]
+    if missing or unknown:
+        found = [f"without {', '.join(missing)}"] if missing else []
+        found += [f"with {', '.join(map(repr, unknown))}"] if unknown else []
+        raise ValueError(
+            f"a state of {of} must have the entries {', '.join(now)}; got one {' and '.join(found)}"
+        )
+    different = [f"{k} was {state[k]!r}, is {now[k]!r}" for k in fixed if state[k] != now[k]]
+    if different:
+        raise ValueError("the saved run differs: " + "; ".join(different))
+
+
+def check_signs(signs: Any, queries: int) -> None:
+    fits = isinstance(signs, Tensor) and signs.dtype == torch.int32
+    if not fits or list(signs.shape) != [queries] or bool((signs.abs() > 1).any()):
+        came = f"{signs.dtype} {signs.tolist()}" if isinstance(signs, Tensor) else repr(signs)
+        raise ValueError(f"signs must be {queries} int32 values of -1, 0 or 1, got {came}")
+
+
 def check_state(state_dict: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """Copying floats into int8 weights would make zeros of them without a word."""
-    for name, value in state_dict.items():
-        if name in own and value.dtype != own[name].dtype:
+    for name in own:
+        value = state_dict.get(name)
+        if not isinstance(value, Tensor):
+            continue  # torch says so
+        if value.dtype != own[name].dtype:
             raise TypeError(
                 f"{name!r} must be {own[name].dtype}, got {value.dtype}: float weights are "
                 "converted by wrapping the float model"
@@ -77,4 +115,13 @@ def check_state(state_dict: Mapping[str, Any], own: Mapping[str, Any]) -> None:
             )
 
 
-__all__ = ["check_order", "check_settings", "check_state", "resolve_scale"]
+__all__ = [
+    "check_order",
+    "check_perturbation",
+    "check_saved",
+    "check_settings",
+    "check_signs",
+    "check_state",
+    "check_tail",
+    "resolve_scale",
+]

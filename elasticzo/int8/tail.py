@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from elasticzo.int8.settings import check_saved
+from elasticzo.settings import check_integer
 from zo_kernels import int8_gradient_update_
 from zo_kernels._int8 import ROUNDINGS
 
@@ -37,8 +39,7 @@ class Int8Tail:
 
     @b_bp.setter
     def b_bp(self, value: int) -> None:
-        if not (isinstance(value, int) and MIN_BITS <= value <= MAX_BITS):
-            raise ValueError(f"b_bp must be an integer in [{MIN_BITS}, {MAX_BITS}], got {value!r}")
+        check_integer("b_bp", value, MIN_BITS, MAX_BITS)
         self._b_bp = value
 
     def step(self) -> None:
@@ -72,12 +73,13 @@ class Int8Tail:
         return {"b_bp": self._b_bp, "rounding": self.rounding}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict["rounding"] != self.rounding:
-            raise ValueError(
-                f"the saved run differs: rounding was {state_dict['rounding']!r}, is "
-                f"{self.rounding!r}"
-            )
-        self.b_bp = int(state_dict["b_bp"])
+        """Go on with a saved `b_bp`.
+
+        Raises: ValueError where an entry is missing, unknown or out of range, or the rounding of
+            the saved run is another.
+        """
+        check_saved("Int8Tail", state_dict, self.state_dict(), ["rounding"])
+        self.b_bp = state_dict["b_bp"]
 
 
 __all__ = ["Int8Tail"]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elasticzo.settings import check_integer
 from elasticzo.state import has_values
 
 LIMIT = 127
@@ -70,10 +71,11 @@ def quantize(x: Tensor, exponent: int | None = None) -> Int8Tensor:
 
     Args:
         x: any shape, floating or uint8.
-        exponent: in place of `b - 7`, for what has to match another tensor; values beyond its
-            range are clipped, and nothing waits for the device.
+        exponent: in place of `b - 7`, for what has to match another tensor, an int; values beyond
+            its range are clipped. Nothing waits for a device then: what is not finite is refused on
+            the CPU, elsewhere infinities are clipped and NaN becomes 0.
     Returns: q int8 like x, exponent `[]` int32.
-    Raises: ValueError for values that are not finite, or beyond exponents of [-64, 64].
+    Raises: ValueError for values that are not finite, or an exponent that is not in [-64, 64].
     Source: NITI (arXiv:2009.13108).
     """
     if not isinstance(x, Tensor):
@@ -81,13 +83,24 @@ def quantize(x: Tensor, exponent: int | None = None) -> Int8Tensor:
     if not (x.is_floating_point() or x.dtype == torch.uint8):
         raise TypeError(f"x must be floating or uint8, got {x.dtype}")
     if exponent is None:
-        largest = float(x.abs().max()) if x.numel() else 0.0
-        if not math.isfinite(largest):
-            raise ValueError("x must be finite")
-        exponent = ceil_log2(largest) - 7
-    check_range("the exponent of x", exponent)
-    q = torch.round(x.double() * 2.0**-exponent).clamp(-LIMIT, LIMIT).to(torch.int8)
-    return Int8Tensor(q, torch.tensor(exponent, dtype=torch.int32, device=x.device))
+        exponent = ceil_log2(largest_of("x", x)) - 7
+        check_range("the exponent of x", exponent)
+    else:
+        check_integer("exponent", exponent, MIN_EXPONENT, MAX_EXPONENT)
+        if x.device.type == "cpu" and has_values(x):
+            largest_of("x", x)
+    q = torch.round(x.double() * 2.0**-exponent).clamp(-LIMIT, LIMIT).nan_to_num(0.0)
+    at = torch.tensor(exponent, dtype=torch.int32, device=x.device)
+    return Int8Tensor(q.to(torch.int8), at)
+
+
+def largest_of(name: str, x: Tensor) -> float:
+    """`max|x|`, 0 for no values; refuses what is not finite."""
+    largest = float(x.abs().max()) if x.numel() else 0.0
+    if not math.isfinite(largest):
+        nan, inf = int(x.isnan().sum()), int(x.isinf().sum())
+        raise ValueError(f"{name} must be finite, got {nan} NaN and {inf} infinite of {x.numel()}")
+    return largest
 
 
 def quantize_weight(w: Tensor) -> Int8Tensor:
@@ -99,9 +112,7 @@ def quantize_weight(w: Tensor) -> Int8Tensor:
     Source: NITI (arXiv:2009.13108).
     """
     w = w.detach().to("cpu", torch.float64)
-    largest = float(w.abs().max()) if w.numel() else 0.0
-    if not math.isfinite(largest):
-        raise ValueError("weights must be finite")
+    largest = largest_of("weights", w)
     exponent = ceil_log2(largest) - 7
     check_range("the exponent of a weight", exponent)
     q = torch.round(w * (LIMIT / largest)) if largest else w

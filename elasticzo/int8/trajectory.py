@@ -14,26 +14,36 @@ from torch import Tensor
 
 from elasticzo.int8.optimizer import Int8ZO, apply_signs
 from elasticzo.int8.wrapper import ElasticZOInt8
-from elasticzo.trajectory import append_records, open_log, package_versions, read_trajectory
+from elasticzo.trajectory import (
+    append_records,
+    check_capacity,
+    open_log,
+    package_versions,
+    read_trajectory,
+)
 
 FORMAT = "elasticzo-int8-trajectory-1"
 CAPACITY = 1024
 
 
 class Int8TrajectoryLog:
-    """Writes a run of `zo` to a file; a step itself waits for nothing.
+    """Writes a run of `zo` to a file.
+
+    Steps are collected in a ring buffer on the device; `drain` writes them out (and is called when
+    the ring is full; the last steps are yours to drain), so that a step itself waits for nothing.
 
     Args:
         path: of the file; made new unless `resume`.
         zo: the optimiser whose steps are written; `zo.attach(log)` is done here.
         resume: go on behind the record of step `zo.model.step_index - 1`, dropping later ones.
-        capacity: steps kept on the device between two writes.
+        capacity: steps the ring holds.
     Raises: FileExistsError for a file that is there, ValueError for one of another run.
     """
 
     def __init__(
         self, path: str | Path, zo: Int8ZO, resume: bool = False, capacity: int = CAPACITY
     ) -> None:
+        check_capacity(capacity)
         self.path = Path(path)
         self.zo = zo
         model = zo.model

@@ -12,11 +12,18 @@ from elasticzo.cut import Tail, resolve_cut
 from elasticzo.int8.backward import aligned_sum, half_gradients
 from elasticzo.int8.network import Int8Network
 from elasticzo.int8.passes import Forward, Noise, Tape
-from elasticzo.int8.settings import check_order, check_settings, check_state, resolve_scale
+from elasticzo.int8.settings import (
+    check_order,
+    check_perturbation,
+    check_settings,
+    check_state,
+    check_tail,
+    resolve_scale,
+)
 from elasticzo.int8.tail import Int8Tail
 from elasticzo.int8.tensor import Int8Tensor, check_input
 from zo_kernels import integer_cross_entropy, integer_softmax_error, resolve_backend
-from zo_kernels._int8 import check_logits, check_sparse, check_target
+from zo_kernels._int8 import check_logits, check_target
 
 SOURCES = ("plus", "minus", "mean")
 
@@ -44,7 +51,8 @@ class ElasticZOInt8(nn.Module):
         pairing: "stacked" (the halves as one batch) or "sequential" (one after the other); equal.
         scale: {name pattern of weights: s}: the share of weights perturbed, `1 - p_zero`, is s
             times that in these layers (at most 1); 0 leaves a layer alone. The last match wins.
-        drop_biases: convert a model with biases that are not zero, without them.
+        drop_biases: convert a model with biases that are not zero, without them; warns of those
+            that are not small (see `Int8Network`).
     Shapes: `[B, ...]` samples of one exponent.
     Source: arXiv:2501.04287, abstract (ElasticZO-INT8); NITI (arXiv:2009.13108).
     """
@@ -66,8 +74,10 @@ class ElasticZOInt8(nn.Module):
     ) -> None:
         super().__init__()
         check_settings(queries, seed, fraction_bits, loss, backend, pairing)
+        check_perturbation(r_max, p_zero)
         self.network = Int8Network(model, drop_biases)
         self.cut = resolve_cut(model, tail)
+        check_tail(self.cut, self.network.layers)
         self.queries, self.fraction_bits, self.loss = queries, fraction_bits, loss
         self.pairing = pairing
         names = [f"{name}.weight" if name else "weight" for name in self.network.layers]
@@ -85,9 +95,11 @@ class ElasticZOInt8(nn.Module):
         self._forwards = 0  # since the last step
         self._tapes: list[Tape] = []
         self._output: Tensor | None = None  # logits that the tapes belong to
-        self.gradients: dict[str, Tensor] = {}
-        self._r_max, self._p_zero = 1, 0.0
-        self.set_noise(r_max, p_zero)
+        self._gradients: dict[str, Tensor] = {}
+        self._r_max, self._p_zero = r_max, p_zero
+        # The layers are children under their own names, so states are those of any module, also of
+        # one around this. An attribute goes before a child of its name: layers may have any.
+        self._modules = self.network.tree._modules
         self.to(next(model.parameters()).device)
 
     # ---- what it is
@@ -103,13 +115,14 @@ class ElasticZOInt8(nn.Module):
     def set_noise(self, r_max: int | None = None, p_zero: float | None = None) -> None:
         """Change the perturbation between two steps: schedules do it.
 
-        Raises: RuntimeError between a forward and its step, which must see the same `z`.
+        Raises: RuntimeError between a forward and its step, which must see the same `z`;
+            ValueError for values out of range.
         """
         r_max = self._r_max if r_max is None else r_max
         p_zero = self._p_zero if p_zero is None else p_zero
+        check_perturbation(r_max, p_zero)
         if (r_max, p_zero) == (self._r_max, self._p_zero):
             return
-        check_sparse(p_zero, r_max)
         if self._forwards:
             raise RuntimeError(
                 "r_max and p_zero cannot change between a forward and its step: the update would "
@@ -125,6 +138,11 @@ class ElasticZOInt8(nn.Module):
     @property
     def seed(self) -> int:
         return self._seed
+
+    @property
+    def gradients(self) -> dict[str, Tensor]:
+        """What `backward` left for the tail's update, by name."""
+        return self._gradients
 
     @property
     def halves(self) -> int:
@@ -270,20 +288,17 @@ class ElasticZOInt8(nn.Module):
 
     def forget_forwards(self) -> None:
         """What was kept of a forward is not needed any more, or belongs to other weights."""
-        self._forwards, self._tapes, self._output, self.gradients = 0, [], None, {}
+        self._forwards, self._tapes, self._output, self._gradients = 0, [], None, {}
 
     # ---- nn.Module
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """int8 weights and int32 exponents, under the names of the float model's modules."""
-        return self.network.tree.state_dict(*args, **kwargs)
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        check_state(state_dict, self.network.tree.state_dict())
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """torch calls this before it loads the layers, also from a state of a module around."""
+        check_state(state_dict, self.state_dict(prefix=prefix))
         self.forget_forwards()
-        return self.network.tree.load_state_dict(state_dict, strict=strict, assign=assign)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> ElasticZOInt8:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -41,7 +41,12 @@ DATA_TITLES: Mapping[str, str] = {
 }
 # Of a results file.
 PARTS = ("command", "seeds", "tasks", "tuning", "runs", "missing", "hardware", "commits")
-MODEL_TITLES: Mapping[str, str] = {"lenet5": "LeNet-5", "pointnet": "PointNet"}
+MODEL_TITLES: Mapping[str, str] = {
+    "lenet5": "LeNet-5",
+    "pointnet": "PointNet",
+    "resnet20": "ResNet-20",
+    "vgg11": "VGG-11",
+}
 
 
 @dataclass(frozen=True)

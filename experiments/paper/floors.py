@@ -73,7 +73,8 @@ def control_floor(runs: Runs, scene: Scene, arithmetic: str) -> Floor:
 
 
 def memory_floors(folder: Path) -> list[Floor]:
-    """Peak memory of a step of Cls2 over one of Full ZO, for each elastic curve that is there."""
+    """Peak memory of a step of Cls2 over one of Full ZO, for each elastic curve that is there and
+    each network of the grid of measured peaks."""
     found = []
     for content in elastic_curves(folder):
         over = overhead(content)
@@ -85,6 +86,12 @@ def memory_floors(folder: Path) -> list[Floor]:
             continue
         status: Status = "kept" if over <= MEMORY else "broken"
         found.append(Floor(MEMORY_OF_CLS2, of, f"{100 * over:+.3f} %, measured peaks", status))
+    for network, overheads in grid_overheads(folder).items():
+        low, high = 100 * min(overheads), 100 * max(overheads)
+        status = "kept" if max(overheads) <= MEMORY else "broken"
+        of = f"{MODEL_TITLES.get(network, network)}, {len(overheads)} settings"
+        measured = f"{low:+.3f} to {high:+.3f} %, measured peaks"
+        found.append(Floor(MEMORY_OF_CLS2, of, measured, status))
     if not found:
         return [Floor(MEMORY_OF_CLS2, "any network", "needs an elastic curve", "not measured")]
     return found
@@ -104,6 +111,20 @@ def overhead(curve: Mapping[str, Any]) -> float | None:
     if not {"cls2", "full-zo"} <= peaks.keys():
         return None
     return float(peaks["cls2"] / peaks["full-zo"] - 1)
+
+
+def grid_overheads(folder: Path) -> dict[str, list[float]]:
+    """Measured peak of Cls2 over that of Full ZO, less 1, by network: of every batch, pairing and
+    tail optimiser of `experiments.memory_model`."""
+    path = folder / "memory_model.json"
+    rows = read_json(path)["rows"] if path.exists() else []
+    full = {(r["network"], r["batch"], r["pairing"]): r for r in rows if r["method"] == "full-zo"}
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        over = full.get((row["network"], row["batch"], row["pairing"]))
+        if row["method"] == "cls2" and over is not None:
+            found.setdefault(row["network"], []).append(row["measured"] / over["measured"] - 1)
+    return found
 
 
 def floors(studies: Sequence[Runs], folder: Path) -> list[Floor]:
@@ -153,6 +174,7 @@ __all__ = [
     "elastic_curves",
     "floors",
     "gain_floor",
+    "grid_overheads",
     "memory_floors",
     "overhead",
 ]

@@ -1,15 +1,16 @@
-"""What a convolution takes inside itself: predicted on tensors without memory, and recorded."""
+"""What an op takes inside itself: predicted on tensors without memory, and recorded."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import pytest
 import torch
 
-from elasticzo.scratch import SCRATCH_OPS, allocations, peak_inside
+from elasticzo.scratch import SCRATCH_OPS, allocations, copies_inside, peak_inside
 
 CONVOLUTIONS = {
     "few channels": (1, 6, 28, 5, {"padding": 2}),
@@ -46,5 +47,34 @@ def test_scratch_of_a_convolution_is_that_of_the_whole_batch(
         (forward, args),
         (backward, (y, x, w, [0], *places, settings["groups"], [True] * 3)),
     ):
-        peak = max(accumulate(allocations(lambda op=op, given=given: op(*given))))
+        peak = max(accumulate(allocations(partial(op, *given))))
         assert peak_inside(op, given, {}) == peak > 0
+
+
+A, B = torch.randn(300, 500), torch.arange(150_000).reshape(300, 500)
+ATEN = torch.ops.aten
+
+
+@pytest.mark.parametrize(
+    "op, args",
+    [
+        (ATEN.mul.Tensor, (A, B > 3)),
+        (ATEN.mul.Tensor, (A, A)),
+        (ATEN.mul_.Tensor, (A.clone(), B)),
+        (ATEN.add.Tensor, (A.double(), A[0])),
+        (ATEN.sub.Tensor, (A[:, :1], A.bfloat16())),
+        (ATEN.eq.Tensor, (A, B)),
+        (ATEN.mul.Tensor, (A, torch.tensor(2))),
+        (ATEN.sum.dim_IntList, (B > 3, [1])),
+        (ATEN.sum.dim_IntList, (B, [0])),
+        (ATEN.sum.dim_IntList, (A, [0])),
+        (ATEN.relu.default, (A,)),
+    ],
+    ids=lambda value: str(value) if callable(value) else "",
+)
+def test_copies_in_a_common_dtype(op: Any, args: tuple[Any, ...]) -> None:
+    kept = op(*args)
+    out = 0 if kept is args[0] else kept.untyped_storage().nbytes()
+    peak = max(accumulate(allocations(partial(op, *args))), default=0)
+    # Beside the output a reduction takes a buffer of a few elements.
+    assert out + copies_inside(op, args) <= peak <= out + copies_inside(op, args) + 4096

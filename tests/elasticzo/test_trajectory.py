@@ -46,6 +46,7 @@ def test_replay_rebuilds_the_head_bit_for_bit(tmp_path: Path, queries: int, nois
     model, zo = start(**settings)
     log = TrajectoryLog(tmp_path / "log", zo, capacity=4)  # the ring fills and drains by itself
     steps(model, zo, 10, bad=6)
+    assert len((tmp_path / "log").read_text().splitlines()) == 1 + 8
     log.drain()
     fresh, _ = start(**settings)
     assert not equal(fresh.module, model.module)
@@ -100,6 +101,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     log.drain()
     with pytest.raises(FileExistsError, match="exists; give another path, or resume=True"):
         TrajectoryLog(tmp_path / "log", zo)
+    with pytest.raises(ValueError, match=r"capacity must be an integer in \[1, 2\^24\], got 0"):
+        TrajectoryLog(tmp_path / "new", zo, capacity=0)
     _, other = start(eps=1e-2)
     with pytest.raises(ValueError, match="is the log of another run: eps differ"):
         TrajectoryLog(tmp_path / "log", other, resume=True)

@@ -18,9 +18,10 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.act = nn.Tanh()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c(torch.tanh(self.b(torch.tanh(self.a(x)))))
+        return self.c(self.act(self.b(self.act(self.a(x)))))
 
 
 def make(**settings: Any) -> tuple[ElasticZO, ZOSGD]:
@@ -38,15 +39,19 @@ X, Y = torch.zeros(5, 4), torch.tensor([0, 1, 2, 0, 1])
         ({"tail": [""]}, ValueError, r"unknown module ''"),
         ({"tail": ["a.weight"]}, ValueError, r"unknown module 'a.weight'"),
         ({"tail": []}, ValueError, r"tail=\[\] names no module; for Full ZO .* tail=0"),
+        ({"tail": ["act"]}, ValueError, r"tail=\['act'\] names no module with param.*: a, b, c"),
         ({"tail": 4}, ValueError, r"must be in 0..3 for this model, got 4"),
         ({"tail": -1}, ValueError, r"must be in 0..3 for this model, got -1"),
         ({"tail": True}, TypeError, r"tail must be a list of module names.*got True"),
         ({"tail": 1.5}, TypeError, r"tail must be .*got 1.5"),
         ({"memory_budget": 10}, ValueError, r"belong to tail='auto', got tail=\['c'\]"),
         ({"eps": 0.0}, ValueError, r"eps must be a finite number > 0, got 0.0"),
+        ({"eps": True}, ValueError, r"eps must be a finite number > 0, got True"),
         ({"eps": float("nan")}, ValueError, r"eps must be a finite number > 0, got nan"),
         ({"noise": "uniform"}, ValueError, r"noise must be one of .*got 'uniform'"),
         ({"queries": 0}, ValueError, r"queries must be an integer in \[1, 2\^24\), got 0"),
+        ({"queries": True}, ValueError, r"queries must be an integer in \[1, 2\^24\), got True"),
+        ({"seed": False}, ValueError, r"seed must be an integer in \[0, 2\^63\), got False"),
         ({"seed": -1}, ValueError, r"seed must be an integer in \[0, 2\^63\), got -1"),
         ({"seed": 1 << 63}, ValueError, r"seed must be an integer"),
         ({"pairing": "both"}, ValueError, r"pairing must be 'stacked' or 'sequential', got 'both'"),

@@ -176,6 +176,29 @@ def test_memory_floor(tmp_path: Path, size: int, status: str) -> None:
     assert floor.measured == f"+{(size - 1000) / 10:.3f} %, measured peaks"
 
 
+def test_memory_floor_of_each_network(tmp_path: Path) -> None:
+    """The worst of its settings, each over Full ZO of the same batch and pairing."""
+    peaks = {
+        ("vgg11", 32, "stacked"): (2000, {"momentum": 1990, "adam": 2034}),
+        ("vgg11", 32, "sequential"): (1000, {"adam": 1018}),
+        ("lenet5", 32, "stacked"): (1000, {"adam": 1017}),
+    }
+    rows = []
+    for (network, batch, pairing), (full, tails) in peaks.items():
+        place = {"network": network, "batch": batch, "pairing": pairing, "error": 0.0}
+        rows.append({**place, "method": "full-zo", "optimizer": "momentum", "measured": full})
+        rows += [
+            {**place, "method": m, "optimizer": kind, "measured": size * by}
+            for kind, size in tails.items()
+            for m, by in (("cls2", 1), ("cls1", 2))
+        ]
+    write_json(tmp_path / "memory_model.json", {"rows": rows})
+    vgg, lenet = memory_floors(tmp_path)
+    assert (vgg.of, vgg.status) == ("VGG-11, 3 settings", "broken")
+    assert vgg.measured == "-0.500 to +1.800 %, measured peaks"
+    assert (lenet.status, lenet.measured) == ("kept", "+1.700 to +1.700 %, measured peaks")
+
+
 def test_a_rehearsal_is_no_measurement(tmp_path: Path) -> None:
     write_json(tmp_path / "elastic_digits_lenet5.json", elastic(1000) | {"reduced": True})
     assert [f.status for f in memory_floors(tmp_path)] == ["not measured"]

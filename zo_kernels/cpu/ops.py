@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -76,6 +77,11 @@ def walk_of(shape: torch.Size, strides: tuple[int, ...], noise: str) -> _Walk | 
 @cache
 def _pool(workers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(workers, thread_name_prefix="zo_kernels")
+
+
+if hasattr(os, "register_at_fork"):
+    # A forked child has the pool and none of its threads: it would wait for them for ever.
+    os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 def _over_threads(

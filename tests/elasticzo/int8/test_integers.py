@@ -131,6 +131,7 @@ def test_replay_rebuilds_the_head(logged: str, tmp_path: Path) -> None:
         model.set_noise(r_max=5 + i, p_zero=0.1 * i)
         zo.b_zo = 1 + i % 3
         one_step(model, zo, bp, *batch((3, 1, 8, 8), 4, i))
+    assert len(path.read_text().splitlines()) == 1 + 3  # the ring was full, and drained by itself
     log.drain()
     for backend in ("numba", "reference"):
         fresh, *_ = make(1, backend=backend)
@@ -158,6 +159,8 @@ def test_log_goes_on_and_refuses(tmp_path: Path) -> None:
     assert len(path.read_text().splitlines()) == 4
     with pytest.raises(FileExistsError, match="give another path, or resume=True"):
         Int8TrajectoryLog(path, zo)
+    with pytest.raises(ValueError, match=r"capacity must be an integer in \[1, 2\^24\], got 0"):
+        Int8TrajectoryLog(tmp_path / "other", zo, capacity=0)
     other = Int8ZO(ElasticZOInt8(small_net(), tail=1, seed=1), b_zo=1)
     with pytest.raises(ValueError, match="is the log of another run: seed, queries differ"):
         Int8TrajectoryLog(path, other, resume=True)

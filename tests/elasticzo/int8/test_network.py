@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import warnings
 from collections import OrderedDict
 from typing import Any
 
@@ -55,14 +56,25 @@ def test_quantize(values: list[float], exponent: int, q: list[int]) -> None:
 
 
 def test_quantize_refuses() -> None:
-    with pytest.raises(ValueError, match="x must be finite"):
-        quantize(torch.tensor([1.0, math.inf]))
+    for exponent in (None, -7):
+        with pytest.raises(ValueError, match="x must be finite, got 2 NaN and 1 infinite of 4"):
+            quantize(torch.tensor([math.nan, 1.0, -math.inf, math.nan]), exponent)
+    for bad in (1.5, 65, -65, True, torch.tensor(-7)):
+        with pytest.raises(ValueError, match=r"exponent must be an integer in \[-64, 64\], got "):
+            quantize(torch.tensor([1.0]), bad)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"the exponent of x must be in \[-64, 64\], got -106"):
         quantize(torch.tensor([1e-30]))
     with pytest.raises(TypeError, match=r"x must be floating or uint8, got torch.int64"):
         quantize(torch.tensor([1]))
     with pytest.raises(TypeError, match="x must be a Tensor, got list"):
         quantize([1.0])  # type: ignore[arg-type]
+
+
+def test_quantize_at_a_given_exponent() -> None:
+    found = quantize(torch.tensor([1.0, -3.0, 0.26, 0.24]), exponent=-1)
+    assert found.q.tolist() == [2, -6, 1, 0] and int(found.exponent) == -1
+    assert quantize(torch.tensor([200], dtype=torch.uint8), exponent=0).q.tolist() == [127]
+    assert quantize(torch.zeros(0), exponent=3).shape == (0,)
 
 
 def test_fresh_batch_norm_folds_to_nothing() -> None:
@@ -89,13 +101,61 @@ def test_trained_batch_norm_folds() -> None:
     with torch.no_grad():  # a bias that cancels what the statistics make
         factor = norm.weight / torch.sqrt(norm.running_var + norm.eps)
         conv.bias.copy_(norm.running_mean - norm.bias / factor)
-    layer = Int8Network(model, drop_biases=True).layers["0"]
+    with warnings.catch_warnings(action="error"):
+        layer = Int8Network(model, drop_biases=True).layers["0"]
     folded = (conv.weight * factor[:, None, None, None]).detach().double()
     exact = (127 * folded / folded.abs().max()).round()
     assert (layer.weight - exact).abs().max() <= 1  # the test folds in float32
     x = torch.randn(4, 2, 3, 3)
     bare = nn.functional.conv2d(x.double(), folded)
     assert torch.allclose(norm(conv(x)).double(), bare, atol=1e-5)
+
+
+def normed_net() -> nn.Sequential:
+    """`a` has a BatchNorm behind it, `b` a bias of its own."""
+    return nn.Sequential(
+        OrderedDict(a=nn.Linear(4, 2, bias=False), norm=nn.BatchNorm1d(2), b=nn.Linear(2, 2))
+    )
+
+
+@pytest.mark.parametrize(
+    ("statistics", "bias", "named"),
+    [
+        ((0.0, 1.0), 0.0, []),  # fresh
+        ((0.48, 4.0), 0.0, []),  # 0.24 of a standard deviation of 2
+        ((0.52, 4.0), 0.0, ["'a' (0.26)"]),
+        ((0.0, 1.0), 0.24, []),
+        ((0.0, 1.0), -0.26, ["'b' (0.26)"]),
+        ((-2.0, 4.0), 0.5, ["'a' (1.00)", "'b' (0.50)"]),
+    ],
+)
+def test_dropped_biases_that_are_not_small(
+    statistics: tuple[float, float], bias: float, named: list[str]
+) -> None:
+    model = normed_net()
+    with torch.no_grad():
+        model.norm.running_mean.fill_(statistics[0])
+        model.norm.running_var.fill_(statistics[1])
+        model.norm.weight.copy_(torch.tensor([3.0, -3.0]))  # scales bias and output alike
+        model.b.weight.copy_(torch.tensor([[0.6, 0.8], [-0.8, 0.6]]))  # rows of norm 1
+        model.b.bias.fill_(bias)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        ElasticZOInt8(model, tail=0, drop_biases=True)
+    texts = [str(w.message) for w in found if w.category is UserWarning]
+    assert len(texts) == bool(named)
+    for text in texts:
+        assert f"among them) of {', '.join(named)} shifts these layers" in text
+
+
+def test_a_layer_of_nothing_but_its_bias() -> None:
+    model = normed_net()
+    nn.init.zeros_(model.b.weight)
+    nn.init.ones_(model.b.bias)
+    with pytest.warns(UserWarning, match=r"of 'b' \(inf\) shifts"):
+        Int8Network(model, drop_biases=True)
+    with pytest.raises(TypeError, match="drop_biases must be True or False, got 'no'"):
+        Int8Network(model, drop_biases="no")  # type: ignore[arg-type]
 
 
 def test_lenet_s_chain() -> None:
@@ -162,7 +222,7 @@ def test_weights_that_are_not_finite() -> None:
     model = nn.Sequential(nn.Linear(2, 2, bias=False))
     with torch.no_grad():
         model[0].weight[0, 0] = math.nan
-    with pytest.raises(ValueError, match="weights must be finite"):
+    with pytest.raises(ValueError, match="weights must be finite, got 1 NaN and 0 infinite of 4"):
         Int8Network(model)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -12,17 +13,33 @@ from elasticzo.int8 import ElasticZOInt8, Int8Tensor, Int8ZO
 from tests.elasticzo.int8.nets import batch, fixed_weights, small_net
 
 SETTINGS: list[tuple[dict[str, Any], str]] = [
-    ({"r_max": 0}, r"r_max must be in \[1, 127\], got 0"),
-    ({"r_max": 128}, r"r_max must be in \[1, 127\], got 128"),
-    ({"p_zero": 1.0}, r"p_zero must be in \[0, 1\), got 1.0"),
-    ({"queries": 0}, r"queries must be an integer in \[1, 2\^24\), got 0"),
-    ({"seed": -1}, r"seed must be an integer in \[0, 2\^63\), got -1"),
-    ({"fraction_bits": 17}, r"fraction_bits must be an integer in \[0, 16\], got 17"),
+    *(
+        ({"r_max": bad}, rf"r_max must be an integer in \[1, 127\], got {bad}")
+        for bad in (0, 128, 3.5, 15.0, True)
+    ),
+    *(
+        ({"p_zero": bad}, rf"p_zero must be a number in \[0, 1\), got {bad!r}")
+        for bad in (1.0, -0.1, float("nan"), False, "0.5")
+    ),
+    *(
+        ({"queries": bad}, rf"queries must be an integer in \[1, 2\^24\), got {bad}")
+        for bad in (0, 1.0, True)
+    ),
+    *(
+        ({"seed": bad}, rf"seed must be an integer in \[0, 2\^63\), got {bad}")
+        for bad in (-1, 0.5, True)
+    ),
+    *(
+        ({"fraction_bits": bad}, rf"fraction_bits must be an integer in \[0, 16\], got {bad}")
+        for bad in (17, 8.0, True)
+    ),
     ({"loss": "mse"}, r"loss must be one of \('integer', 'float'\), got 'mse'"),
     ({"backend": "cuda"}, "backend must be one of .*, got 'cuda'"),
     ({"pairing": "both"}, "pairing must be one of .*, got 'both'"),
     ({"scale": {"6.*": 1.0}}, r"scale must match weights of the head \(0.weight, 4.weight\)"),
-    ({"scale": {"0.*": -1.0}}, r"scale of '0.\*' must be in \[0, inf\), got -1.0"),
+    ({"scale": {"0.*": -1.0}}, r"scale of '0.\*' must be a number in \[0, inf\), got -1.0"),
+    ({"scale": {"0.*": "1"}}, r"scale of '0.\*' must be a number in \[0, inf\), got '1'"),
+    ({"tail": ["1", "3"]}, r"tail=\['1', '3'\] names no module with param.*: 0, 4, 6"),
     ({"tail": 9}, r"must be in 0\.\.3 for this model, got 9"),
 ]
 
@@ -35,6 +52,25 @@ def small(**settings: Any) -> ElasticZOInt8:
 def test_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         small(**settings)
+
+
+def test_noise_that_changes_is_checked_as_at_the_start() -> None:
+    model = small(r_max=1, p_zero=0.0)
+    with pytest.raises(ValueError, match=r"r_max must be an integer in \[1, 127\], got True"):
+        model.set_noise(r_max=True)
+    with pytest.raises(ValueError, match=r"p_zero must be a number in \[0, 1\), got 1.5"):
+        model.set_noise(p_zero=1.5)
+    assert (model.r_max, model.p_zero) == (1, 0.0)
+
+
+def test_a_tail_of_batch_norm_alone() -> None:
+    """It has parameters, but none that are left in integers."""
+    net = nn.Sequential(
+        OrderedDict(a=nn.Linear(2, 2, bias=False), norm=nn.BatchNorm1d(2), act=nn.ReLU())
+    )
+    with pytest.raises(ValueError, match=r"tail=\('norm',\) names no layer of the .*; layers: a; "):
+        ElasticZOInt8(net, tail=["norm"])
+    assert [n for n, _ in ElasticZOInt8(net, ["a", "norm"]).named_tail_parameters()] == ["a.weight"]
 
 
 def one(value: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -168,10 +204,10 @@ def test_steps_refuse() -> None:
         zo.step([1, 2])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"source must be one of .*, got 'clean'"):
         model.backward(logits, y, "clean")
-    for bad in (-1, 32, 1.0):
+    for bad in (-1, 32, 1.0, True):
         with pytest.raises(ValueError, match=rf"b_zo must be an integer in \[0, 31\], got {bad}"):
             Int8ZO(model, b_zo=bad)  # type: ignore[arg-type]
-    for bad in (-9, 8):
+    for bad in (-9, 8, True):
         with pytest.raises(ValueError, match=rf"b_bp must be an integer in \[-8, 7\], got {bad}"):
             model.tail_optimizer(b_bp=bad)
     with pytest.raises(ValueError, match=r"rounding must be one of .*, got 'up'"):
@@ -192,6 +228,56 @@ def test_states_refuse() -> None:
     low["0.weight"] = torch.full_like(state["0.weight"], -128)
     with pytest.raises(ValueError, match=r"'0.weight' must be in \[-127, 127\], got -128"):
         model.load_state_dict(low)
+
+
+SIGNS = r"signs must be 1 int32 values of -1, 0 or 1, got "
+STATES: list[tuple[dict[str, Any], str]] = [
+    ({"seed": None}, r"must have the entries seed, step, .*; got one without seed$"),
+    ({"lr": 0.1}, r"must have the entries seed, .*; got one with 'lr'$"),
+    ({"signs": None, "b_zo": None, "lr": 1}, r"got one without b_zo, signs and with 'lr'$"),
+    ({"step": -1}, r"step must be an integer in \[0, 2\^63\), got -1"),
+    ({"step": 2.0}, r"step must be an integer in \[0, 2\^63\), got 2.0"),
+    ({"seed": 1 << 63}, r"seed must be an integer in \[0, 2\^63\)"),
+    ({"b_zo": 32}, r"b_zo must be an integer in \[0, 31\], got 32"),
+    ({"r_max": 0}, r"r_max must be an integer in \[1, 127\], got 0"),
+    ({"p_zero": "half"}, r"p_zero must be a number in \[0, 1\), got 'half'"),
+    ({"signs": [1]}, SIGNS + r"\[1\]"),
+    ({"signs": torch.ones(2, dtype=torch.int32)}, SIGNS + r"torch.int32 \[1, 1\]"),
+    ({"signs": torch.ones(1)}, SIGNS + r"torch.float32 \[1.0\]"),
+    ({"signs": one(2).reshape(1)}, SIGNS + r"torch.int32 \[2\]"),
+    ({"loss": "float", "queries": 3}, "differs: queries was 3, is 1; loss was 'float', is 'int"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), STATES, ids=[str(c) for c, _ in STATES])
+def test_states_of_the_optimiser_refuse_and_load_nothing(
+    changes: dict[str, Any], message: str
+) -> None:
+    saved = Int8ZO(small(seed=5, r_max=9), b_zo=7).state_dict() | {"step": 4}
+    bad = {k: v for k, v in (saved | changes).items() if v is not None}
+    zo = Int8ZO(small(), b_zo=1)
+    before = zo.state_dict()
+    with pytest.raises(ValueError, match=message):
+        zo.load_state_dict(bad)
+    assert zo.state_dict() == before
+    zo.load_state_dict(saved)
+    assert zo.state_dict() == saved
+
+
+def test_empty_states_refuse() -> None:
+    model = small()
+    zo, bp = Int8ZO(model, b_zo=1), model.tail_optimizer(b_bp=3)
+    with pytest.raises(ValueError, match=r"a state of Int8ZO must have .*; got one without seed, "):
+        zo.load_state_dict({})
+    with pytest.raises(TypeError, match="a state of Int8ZO must be a dictionary, got NoneType"):
+        zo.load_state_dict(None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"rounding; got one without b_bp, rounding$"):
+        bp.load_state_dict({})
+    with pytest.raises(ValueError, match=r"b_bp, rounding; got one with 'lr'$"):
+        bp.load_state_dict(bp.state_dict() | {"lr": 1})
+    with pytest.raises(ValueError, match=r"b_bp must be an integer in \[-8, 7\], got 2.5"):
+        bp.load_state_dict({"b_bp": 2.5, "rounding": "pseudo"})
+    assert bp.b_bp == 3
 
 
 def test_parts_of_a_tensor() -> None:
