@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -12,9 +11,8 @@ from typing import Any
 import pytest
 
 from experiments.folder import write_json
-from experiments.paper import documents
 from experiments.paper.cells import Cell
-from experiments.paper.compare import Runs, Scene, accuracy_text, gain_text, mean_of, read_studies
+from experiments.paper.compare import Runs, Scene, accuracy_text, gain_text, mean_of
 from experiments.paper.floors import Floor, floors, memory_floors
 from experiments.paper.report import __main__ as command
 from experiments.paper.report import measured
@@ -25,7 +23,7 @@ from experiments.paper.report.generic import generic_tables
 from experiments.paper.report.others import SOURCES
 from experiments.paper.report.pictures import dots
 from experiments.paper.report.study import accuracy_table, gain_table, integer_table
-from tests.experiments.paper_results import SMALL, made_up, study, write_study
+from tests.experiments.paper_results import SMALL, made_up, study
 
 DIGITS = Scene("digits", "lenet5")
 TURNED = Scene("digits", "lenet5", 30.0)
@@ -385,37 +383,3 @@ def test_results_that_nobody_described() -> None:
         [["1", "2.346", "yes", ""], ["2", "", "", "text"]],
     )
     assert (second.head, second.rows) == (["batches", "ms"], [["32", "1.5"]])
-
-
-# ---- the documents
-
-
-def test_tables_of_the_documents(tmp_path: Path) -> None:
-    assert documents.accuracies(tmp_path) == documents.NOTHING
-    write_study(tmp_path, ran=lambda c: c.section in ("tuning", "grid"))
-    lines = documents.accuracies(tmp_path).splitlines()
-    assert lines[0] == "| method | backpropagation trains | LeNet-5, Digits |"
-    assert lines[-2] == "| **ZO-Feat-Cls1** | last two FC | 96.10 ± 0.10 |"
-    integers = documents.integers(tmp_path).splitlines()
-    assert integers[-2] == "| **ZO-Feat-Cls1** | last two FC | 95.60 ± 0.10 (-0.50) |"
-    assert "Cls1 over Full ZO | +18.10 ± 0.06" in documents.scenes(tmp_path, turned=False)
-    assert documents.scenes(tmp_path, turned=True) == documents.NOTHING  # nothing was fine-tuned
-    assert "| over Full ZO: at least 5.2 points | Digits, FP32 |" in documents.kept(tmp_path)
-    assert "+18.1 to +18.1 points" in documents.claimed(tmp_path)
-
-
-def test_paper_numbers_are_the_abstracts(tmp_path: Path) -> None:
-    found = re.findall(r"\| ([^|]*) \| [^|]* \|$", documents.claimed(tmp_path), re.MULTILINE)
-    assert found[1:] == [
-        "+5.2 to +9.5 points",
-        "+5.2 to +9.5 points",
-        "0.072 to 1.7 %",
-        "1.46 to 1.60x",
-        "1.38 to 1.42x",
-    ]
-
-
-def test_studies_that_are_there(tmp_path: Path) -> None:
-    assert read_studies(tmp_path) == []
-    write_study(tmp_path)
-    assert [found.preset for found in read_studies(tmp_path)] == ["cpu"]
