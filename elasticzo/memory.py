@@ -6,8 +6,13 @@ are staged, activations that are alive, what autograd saves for the tail, gradie
 count because the code holds them; the optimiser's state by the number of its tensors.
 
 Not counted: what torch's allocator does not see (CUDA's context, cuBLAS's and cuDNN's workspaces,
-fragments), temporaries of an optimiser that is not fused, and of noise that is not made by a kernel
-(the reference backend; on the CPU weights that are not float32).
+fragments), what cuDNN's recurrent layers keep for their backward, copies of the generator's state
+(5 KB each on the CPU), temporaries of an optimiser that
+is not fused, and of noise that is not made by a kernel (the reference backend; on the CPU weights
+that are not float32).
+
+Counted too much: torch adds in place, and to tensors without memory beside them, where gradients of
+a branch meet, and where a bias follows a product over three dimensions (as in a GRU).
 """
 
 from __future__ import annotations
@@ -70,7 +75,8 @@ def training_memory(
 ) -> StepMemory:
     """Peak bytes of a training step of a wrapped model: forward, losses, backward, both updates.
 
-    Nothing is computed and the model stays as it is; what is held afterwards is nothing.
+    Nothing is computed and the model stays as it is; what is held afterwards is nothing. On the CPU
+    convolutions and LSTMs run by themselves on a few samples, to see what they hold.
 
     Args:
         model: with its cut, pairing and path.

@@ -28,24 +28,9 @@ SCRATCH_OPS: dict[Any, tuple[tuple[int, ...], int]] = {
 }
 
 # Ops of two operands that are brought to a common dtype first; on a GPU in registers.
-PROMOTING = frozenset(
-    packet
-    for name in (
-        "add",
-        "sub",
-        "mul",
-        "div",
-        "maximum",
-        "minimum",
-        "eq",
-        "ne",
-        "lt",
-        "le",
-        "gt",
-        "ge",
-    )
-    for packet in (getattr(torch.ops.aten, name), getattr(torch.ops.aten, f"{name}_", None))
-)
+ARITHMETIC = ("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "maximum", "minimum")
+COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
+PROMOTING = frozenset(getattr(torch.ops.aten, name) for name in (*ARITHMETIC, *COMPARISONS))
 SUMS = (torch.ops.aten.sum,)  # integers are copied to int64 first
 
 

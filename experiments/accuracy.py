@@ -20,7 +20,7 @@ from rich.table import Table
 from experiments.config import Method, TrainConfig
 from experiments.folder import write_json
 from experiments.plots import draw_points, standard_error
-from experiments.study import in_own_folder, run_all, without_places
+from experiments.study import in_own_folder, options, run_all, without_places
 from experiments.train import REFUSED, USAGE_ERROR
 from experiments.training import Interrupted
 
@@ -148,8 +148,7 @@ def write_results(
     tested = f"{study.hold_out} held-out training images" if study.hold_out else "the test set"
     summary = {
         "command": f"python -m experiments.accuracy --data {study.data} --data-dir DIR"
-        + (" --precision int8" if int8 else "")
-        + ("" if study.seeds == AccuracyConfig.seeds else f" --seeds {study.seeds}"),
+        + options(study, "data"),
         "tested_on": tested,
         "seeds": list(range(study.seeds)),
         "epochs": study.epochs,

@@ -26,13 +26,14 @@ from rich.table import Table
 from experiments.accuracy import RESULTS
 from experiments.benchmarks.timing import Timings
 from experiments.config import Method, TrainConfig
-from experiments.environment import commit, hardware, versions
+from experiments.environment import commit, hardware, use_threads, versions
 from experiments.folder import write_json
 from experiments.int8_learner import Int8Learner
 from experiments.learner import Learner, load_data
 from experiments.plots import pyplot, save
 from experiments.resolve import resolve
 from experiments.stages import STAGES, Stopwatch, watched
+from experiments.study import options
 from experiments.train import REFUSED, USAGE_ERROR
 
 COMMAND = "python -m experiments.breakdown"
@@ -198,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if config.rounds < 1:
             raise ValueError(f"rounds must be at least 1, got {config.rounds}")
-        torch.set_num_threads(config.threads)
+        use_threads(config.threads)
         device = torch.device(resolve(TrainConfig(device=config.device)).device)
         verify(replace(config, rounds=1))
         start, rows = time.process_time(), []
@@ -211,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     off = max(abs(row["sum_over_plain"]["median"] - 1) for row in rows)
     path = config.results / f"breakdown_{device.type}"
     written = {
-        "command": COMMAND,
+        "command": f"{COMMAND}{options(config)}",
         "meaning": " ".join((__doc__ or "").split()),
         "clock": clock,
         "threads": config.threads,

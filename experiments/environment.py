@@ -35,6 +35,16 @@ def hardware(device: torch.device) -> str:
     return f"{_processor()}, {torch.get_num_threads()} threads"
 
 
+def use_threads(count: int) -> None:
+    """Threads of torch on the CPU.
+
+    Raises: ValueError for less than one.
+    """
+    if count < 1:
+        raise ValueError(f"threads must be at least 1, got {count}")
+    torch.set_num_threads(count)
+
+
 def _processor() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -73,4 +83,4 @@ def peak_memory(device: torch.device) -> dict[str, Any]:
     return {"bytes": peak, "measure": "ru_maxrss of the whole process"}
 
 
-__all__ = ["commit", "hardware", "peak_memory", "versions"]
+__all__ = ["commit", "hardware", "peak_memory", "use_threads", "versions"]

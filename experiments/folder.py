@@ -156,11 +156,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write a file whole or not at all."""
+    write_text(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w") as file:
-            file.write(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -179,4 +184,4 @@ def _finite(value: Any) -> Any:
     return value
 
 
-__all__ = ["RunFolder", "read_json", "read_metrics", "write_json"]
+__all__ = ["RunFolder", "read_json", "read_metrics", "write_json", "write_text"]

@@ -2,7 +2,8 @@
 
 On the CPU every allocation of torch's allocator is recorded by its profiler while a fresh run of
 the method does a few steps: weights, one batch, activations, gradients, optimiser state, scratch.
-What the allocator does not see is not counted: the interpreter, the libraries and the data set.
+Not counted: what the allocator does not see (the interpreter, the libraries), and the data set with
+the order of its samples.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from elasticzo.data import ImageData
 from experiments.config import TrainConfig
-from experiments.inputs import Samples
+from experiments.inputs import BatchOrder, Samples
 from experiments.learner import Learner, load_data
 
 STEPS = 3  # the optimiser's state appears in the first, is held in the others
@@ -33,8 +34,11 @@ def measure_step(config: TrainConfig) -> dict[str, Any]:
     """Peak bytes of a few training steps of a resolved configuration, and what was measured."""
     data = load_data(config)
     device = torch.device(config.device)
+    # An epoch's order has 8 bytes a sample, more than a small step holds: it is the data set's.
+    order = BatchOrder(len(data.train_x), config.batch_size, config.seed, device)
+    order(0)
     measure = MEASURE_CUDA if device.type == "cuda" else MEASURE_CPU
-    return {"bytes": peak_of(lambda: _steps(config, data), device), "measure": measure}
+    return {"bytes": peak_of(lambda: _steps(config, data, order), device), "measure": measure}
 
 
 def peak_of(run: Callable[[], object], device: torch.device, rehearse: bool = True) -> int:
@@ -64,10 +68,11 @@ def recorded_peak(run: Callable[[], object], rehearse: bool = True) -> int:
     return _peak(recorded)
 
 
-def _steps(config: TrainConfig, data: Samples) -> None:
+def _steps(config: TrainConfig, data: Samples, order: BatchOrder) -> None:
     # The statistics of the data are not part of a step: computed before anything is recorded.
     assert not isinstance(data, ImageData) or data.std > 0
     learner = Learner(replace(config, epochs=1), data)
+    learner.inputs.order = order
     for _ in range(STEPS):
         learner.step()
 

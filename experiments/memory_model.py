@@ -6,7 +6,6 @@ anything runs; here both run, and what torch's allocator gave out at most is set
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -25,10 +24,12 @@ from torch.nn.functional import cross_entropy
 from elasticzo import ZOSGD, ElasticZO, pair_losses
 from elasticzo.memory import inference_memory, training_memory
 from experiments.accuracy import RESULTS
-from experiments.environment import commit, hardware, versions
-from experiments.folder import write_json
+from experiments.environment import commit, hardware, use_threads, versions
+from experiments.folder import read_json, write_json
 from experiments.memory import peak_of
 from experiments.plan import NETWORKS, STATE_TENSORS
+from experiments.resolve import pick_device
+from experiments.study import options
 from experiments.train import REFUSED, USAGE_ERROR
 
 TAILS: dict[str, int | str] = {"full-zo": 0, "cls2": 1, "cls1": 2, "full-bp": "all"}
@@ -51,7 +52,8 @@ class GridConfig:
     threads: int = 1
     """CPU threads of torch, >= 1."""
     out: Path = Path("runs/memory_model")
-    """Folder of rows.json: a cell that is in it is not measured again."""
+    """Folder of rows.json: a cell that is in it is not measured again by the same commit, on the
+    same device with as many threads."""
     results: Path = RESULTS
     """Folder of memory_model.json."""
 
@@ -139,16 +141,19 @@ def row_of(case: Case, device: torch.device, rehearse: bool = True) -> dict[str,
 def measure(
     config: GridConfig, device: torch.device, bar: Callable[[list[Case]], Iterator[Case]]
 ) -> list[dict[str, Any]]:
-    """A row for every case, of an earlier start where it was measured then."""
+    """A row for every case, of an earlier start where the same was measured then."""
     kept = config.out / "rows.json"
-    before = json.loads(kept.read_text())["rows"] if kept.exists() else []
+    made = {"hardware": hardware(device), "versions": versions(), "commit": commit()}
+    found = read_json(kept) if kept.exists() else {}
+    same = all(found.get(name) == value for name, value in made.items())
+    before = found["rows"] if same else []
     done = {Case(**{f.name: row[f.name] for f in fields(Case)}): row for row in before}
     ready: set[str] = set()  # networks that ran in this process
     for case in bar(cases(config)):
         if case not in done:
             done[case] = row_of(case, device, rehearse=case.network not in ready)
             ready |= {case.network} if case.method else set()
-            write_json(kept, {"rows": list(done.values())})
+            write_json(kept, {**made, "rows": list(done.values())})
     return [done[case] for case in cases(config)]
 
 
@@ -178,8 +183,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if unknown:
             known = ", ".join((*NETWORKS, *STATE_TENSORS))
             raise ValueError(f"networks and optimizers must be of {known}, got {unknown}")
-        torch.set_num_threads(config.threads)
-        device = torch.device(config.device)
+        if min(config.batches, default=0) < 1:
+            raise ValueError(f"batches must be at least one number >= 1, got {config.batches}")
+        use_threads(config.threads)
+        device = pick_device(config.device)
         rows = measure(config, device, bar)
     except REFUSED as error:
         print(f"error: {error}", file=sys.stderr)
@@ -187,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(table(rows))
     worst = max(rows, key=lambda r: abs(r["error"]))
     summary = {
-        "command": "python -m experiments.memory_model",
+        "command": f"python -m experiments.memory_model{options(config)}",
         "measure": "peak bytes of torch's allocator over two steps",
         "rows": rows,
         "largest_error": abs(worst["error"]),

@@ -26,6 +26,7 @@ from elasticzo.int8.memory import int8_inference_memory, int8_training_memory
 from elasticzo.memory import inference_memory
 from elasticzo.models import VGG11, LeNet5, PointNet, ResNet20
 from experiments.recipes import TAILS
+from experiments.resolve import pick_device
 from experiments.static_memory import sizes, static_bytes
 from experiments.train import REFUSED, USAGE_ERROR
 
@@ -116,9 +117,10 @@ def make_plan(
     config: PlanConfig, progress: Callable[[list[Any]], Iterator[Any]] = lambda items: iter(items)
 ) -> Plan:
     """Predict every cut; `progress` goes through them."""
-    if config.batch_size < 1:
-        raise ValueError(f"batch_size must be >= 1, got {config.batch_size}")
-    device = _device(config.device)
+    for name in ("batch_size", "queries"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be >= 1, got {getattr(config, name)}")
+    device = pick_device(config.device)
     net = build(config).to(device)
     example = torch.zeros(1, device=device).expand(config.batch_size, *NETWORKS[config.model][1])
     counted = sizes(net, example)
@@ -142,12 +144,6 @@ def _price(
     model = ElasticZOInt8(net, tail, queries=config.queries, pairing=config.pairing)
     memory = int8_training_memory(model, quantize(example))
     return Candidate(cut, tail, sum(w.numel() for w in model.tail_parameters()), memory)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
 
 
 # ---- what a person sees

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +22,16 @@ def pyplot() -> Any:
 
 
 def save(plt: Any, figure: Any, path: Path) -> None:
-    """Write a figure; its folder is made."""
+    """Write a figure, whole or not at all; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
-    # Without a date inside, the same numbers give the same file.
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # its ending says the format
+    try:
+        # Without a date inside, the same numbers give the same file.
+        figure.savefig(temporary, dpi=120, metadata={"Software": None})
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     plt.close(figure)
 
 

@@ -74,7 +74,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     refuse_int8_fields(config)
     recipe = RECIPES[config.model][config.method]
     tail = resolve_tail(config)
-    device = _device(config.device)
+    device = pick_device(config.device)
     optimizer = config.tail_optimizer or recipe.tail_optimizer
     if optimizer != "sgd" and config.tail_momentum:
         raise ValueError(
@@ -115,7 +115,7 @@ def _places(config: TrainConfig, device: torch.device) -> dict[str, Any]:
 
 
 def _resolve_int8(config: TrainConfig) -> TrainConfig:
-    device, tail = _device(config.device), resolve_tail(config)
+    device, tail = pick_device(config.device), resolve_tail(config)
     recipe = int8_recipe(config)
     if config.start_from is not None:
         recipe["logit_shift"] = 0  # trained logits have their size
@@ -246,7 +246,11 @@ def _head(
     return resolve_cut(network, library_tail(tail)).head_parameters
 
 
-def _device(name: str) -> torch.device:
+def pick_device(name: str) -> torch.device:
+    """The device of an option: auto, cpu, cuda or cuda:<n>.
+
+    Raises: ValueError for another one, or one that is not there.
+    """
     if name == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     try:
@@ -325,6 +329,7 @@ __all__ = [
     "identity",
     "last_layer",
     "library_tail",
+    "pick_device",
     "resolve",
     "resolve_tail",
 ]

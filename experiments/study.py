@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -93,6 +93,27 @@ def run_all(
     return results
 
 
+def options(config: Any, *known: str) -> str:
+    """The options of a command that are not its defaults, as they are typed; folders are the
+    reader's.
+
+    Args:
+        config: the dataclass of the command.
+        known: fields that the caller states himself.
+    """
+    typed = []
+    for field in fields(config):
+        value, name = getattr(config, field.name), field.name.replace("_", "-")
+        if value == field.default or field.name in (*PLACES, "results", *known):
+            continue
+        if isinstance(value, bool):
+            typed.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            values = value if isinstance(value, tuple) else (value,)
+            typed.append(" ".join([f"--{name}", *map(str, values)]))
+    return "".join(f" {option}" for option in typed)
+
+
 def without_places(config: TrainConfig) -> dict[str, Any]:
     """The configuration as a committed result states it; of another run the folder's name."""
     plain = {k: v for k, v in as_json(config).items() if k not in PLACES}
@@ -101,4 +122,4 @@ def without_places(config: TrainConfig) -> dict[str, Any]:
     return plain
 
 
-__all__ = ["bar", "in_own_folder", "run_all", "without_places"]
+__all__ = ["bar", "in_own_folder", "options", "run_all", "without_places"]

@@ -17,6 +17,7 @@ from typing import Any
 import tyro
 
 from experiments import int8_tables
+from experiments.folder import write_text
 from experiments.paper import documents
 
 ROOT = Path(__file__).parent.parent
@@ -106,7 +107,7 @@ def main(config: Config) -> int:
         after = render(before, document)
         differs |= before != after
         if not config.check:
-            document.write_text(after)
+            write_text(document, after)
     return int(config.check and differs)
 
 

@@ -16,13 +16,13 @@ import torch
 import tyro
 from rich.console import Console
 
-from experiments.environment import commit, hardware, versions
+from experiments.environment import commit, hardware, use_threads, versions
 from experiments.estimator import cosine, eps, noise, queries, tail
 from experiments.estimator.bench import COMMAND, Bench, Result
 from experiments.estimator.plots import DRAW
 from experiments.estimator.settings import EstimatorConfig
 from experiments.folder import read_json, write_json
-from experiments.study import bar, without_places
+from experiments.study import bar, options, without_places
 from experiments.train import REFUSED, USAGE_ERROR
 from experiments.training import Interrupted
 
@@ -41,6 +41,11 @@ def result_path(config: EstimatorConfig) -> Path:
     return config.results / (f"{name}_reduced" if config.reduced else name)
 
 
+def command(config: EstimatorConfig) -> str:
+    """What to type to run all sections so."""
+    return f"{COMMAND} --data {config.data} --data-dir DIR{options(config, 'data', 'only')}"
+
+
 def done_before(path: Path) -> Result:
     """The sections of an earlier command."""
     return dict(read_json(path)["sections"]) if path.exists() else {}
@@ -57,13 +62,14 @@ def run(bench: Bench) -> Path:
         result = RUN[name].run(bench)
         sections[name] = result | {
             "cpu_seconds": round(time.process_time() - start, 1),
+            "command": f"{command(config)} --only {name}",
             "seeds": list(range(config.seeds)),
             "hardware": hardware(device),
             "versions": versions(),
             "commit": commit(),
         }
         summary = {
-            "command": f"{COMMAND} --data {config.data} --data-dir DIR",
+            "command": command(config),
             "reduced": config.reduced,
             "sizes": asdict(bench.sizes),
             "short_runs": {m: without_places(bench.short(m)) for m in ("full-zo", "cls2", "cls1")},
@@ -83,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if config.seeds < 1:
             raise ValueError(f"seeds must be at least 1, got {config.seeds}")
-        torch.set_num_threads(config.threads)
+        use_threads(config.threads)
         with bar(console) as progress:
             bench = Bench(config, console, progress, progress.add_task("forward passes", total=1))
             total = sum(RUN[name].passes(bench) for name in config.only)

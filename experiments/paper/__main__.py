@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -158,6 +159,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except REFUSED as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE_ERROR
+    except BrokenProcessPool:  # of one run alone the others would not know
+        print("error: a run's process was killed (is there memory for --processes?); the same "
+              "command goes on", file=sys.stderr)  # fmt: skip
+        return 1
     except (Stopped, KeyboardInterrupt):
         console.print("interrupted; the same command goes on", markup=False)
         return 130

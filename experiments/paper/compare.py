@@ -39,6 +39,8 @@ DATA_TITLES: Mapping[str, str] = {
     "modelnet10": "ModelNet10",
     "modelnet40": "ModelNet40",
 }
+# Of a results file.
+PARTS = ("command", "seeds", "tasks", "tuning", "runs", "missing", "hardware", "commits")
 MODEL_TITLES: Mapping[str, str] = {
     "lenet5": "LeNet-5",
     "pointnet": "PointNet",
@@ -99,10 +101,16 @@ class Runs:
     Args:
         content: of paper_<preset>.json.
         preset: its name.
+    Raises: ValueError where the file is of another layout.
     """
 
     def __init__(self, content: Mapping[str, Any], preset: str) -> None:
         self.content, self.preset = content, preset
+        missing = [name for name in PARTS if name not in content]
+        if missing:
+            raise ValueError(
+                f"paper_{preset}.json is not of a known layout: {missing[0]!r} is missing"
+            )
         planned = [*content["runs"], *content["missing"]]
         self.scenes = [
             scene

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.folder import write_json
-from experiments.paper.cells import Cell, row
+from experiments.paper.cells import Cell, row, trials
 from experiments.paper.plan import Plan, Results
 from experiments.paper.presets import Preset
 from experiments.study import without_places
@@ -53,10 +53,12 @@ def summary(plan: Plan, results: Results, failed: Mapping[Cell, str]) -> dict[st
 
 
 def tuning(plan: Plan, results: Results) -> list[dict[str, Any]]:
-    """Every setting that was tried, with its held-out accuracies, and the one that was chosen."""
+    """Every setting that was tried, with its held-out accuracies, and the one that was chosen: none
+    before all of them have run."""
     record = []
     for cell, table in plan.candidates.items():
         tried = plan.tried(cell, results)
+        whole = all(trial in results for trial in trials(cell, plan.cells))
         record.append({
             "section": cell.section,
             "data": cell.data,
@@ -68,7 +70,7 @@ def tuning(plan: Plan, results: Results) -> list[dict[str, Any]]:
                 {"name": name, "values": _plain(changes), "accuracies": tried.get(name, [])}
                 for name, changes in table.items()
             ],
-            "chosen": plan.chosen(cell, results),
+            "chosen": plan.chosen(cell, results) if whole else None,
         })  # fmt: skip
     return record
 

@@ -112,4 +112,6 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_command_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert breakdown.main(["--rounds", "0", "--results", str(tmp_path)]) == 2
     assert "rounds must be at least 1, got 0" in capsys.readouterr().err
+    assert breakdown.main(["--threads", "0", "--results", str(tmp_path)]) == 2
+    assert "threads must be at least 1, got 0" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())

@@ -13,6 +13,7 @@ from elasticzo.int8.memory import int8_training_memory
 from elasticzo.models import LeNet5
 from experiments import elastic, memory_model, plan
 from experiments.elastic import checks, method_of
+from experiments.folder import write_json
 from experiments.memory import recorded_peak
 from experiments.memory_model import Case, predicted, row_of
 from experiments.plan import PlanConfig, make_plan, parse_bytes
@@ -135,6 +136,16 @@ def test_plan_refuses(capsys: pytest.CaptureFixture[str]) -> None:
     assert "batch_size must be >= 1, got 0" in capsys.readouterr().err
     assert plan.main(["--model", "resnet20", "--precision", "int8"]) == 2
     assert "precision int8 takes model lenet5, pointnet, got 'resnet20'" in capsys.readouterr().err
+    assert plan.main(["--queries", "0"]) == 2
+    assert "queries must be >= 1, got 0" in capsys.readouterr().err
+    wanted = "device must be auto, cpu, cuda or cuda:<n>, got 'tape'"
+    for command in (plan, memory_model):
+        assert command.main(["--device", "tape"]) == 2
+        assert wanted in capsys.readouterr().err
+    assert memory_model.main(["--threads", "0"]) == 2
+    assert "threads must be at least 1, got 0" in capsys.readouterr().err
+    assert memory_model.main(["--batches", "32", "0"]) == 2
+    assert "batches must be at least one number >= 1, got (32, 0)" in capsys.readouterr().err
     assert memory_model.main(["--networks", "alexnet"]) == 2
     assert "networks and optimizers must be of" in capsys.readouterr().err
 
@@ -148,8 +159,20 @@ def test_grid_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = json.loads((tmp_path / "memory_model.json").read_text())
     assert [row["method"] for row in written["rows"]] == [None, "full-zo"]
     assert 0 < written["largest_error"] < 0.05
-    monkeypatch.setattr(memory_model, "row_of", None)  # every cell is there
-    assert memory_model.main(arguments) == 0
+    again = []
+
+    def row_of(case: Case, *rest: object, **more: object) -> dict[str, object]:
+        again.append(case)
+        return {**vars(case), "predicted": 1, "measured": 1, "error": 0.0}
+
+    monkeypatch.setattr(memory_model, "row_of", row_of)
+    assert memory_model.main(arguments) == 0 and again == []  # every cell is there
+    kept = tmp_path / "runs" / "rows.json"
+    write_json(kept, {**json.loads(kept.read_text()), "hardware": "another, 2 threads"})
+    assert memory_model.main([*arguments, "--batches", "32"]) == 0
+    assert again == [every[0], every[2]]  # elsewhere measured: none of it is taken
+    written = json.loads((tmp_path / "memory_model.json").read_text())
+    assert written["command"] == "python -m experiments.memory_model --batches 32"
 
 
 # ---- the elastic curve

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 from dataclasses import replace
@@ -17,8 +18,10 @@ from experiments.paper import pool
 from experiments.paper.cells import WAVES, Cell, needs, source
 from experiments.paper.plan import Filter, Plan
 from experiments.paper.presets import PRESETS, Preset
+from experiments.paper.progress import Meter
 from experiments.paper.tuning import candidates, choose
 from experiments.resolve import resolve
+from tests.experiments.paper_results import study
 
 SMOKE = PRESETS["smoke"]
 TINY = replace(
@@ -128,6 +131,14 @@ def test_the_first_of_the_best_is_chosen() -> None:
     assert choose({"a": [90.0, 92.0], "c": [91.0, 91.0]}) == "a"
 
 
+def test_nothing_is_chosen_before_all_settings_ran() -> None:
+    part = study(ran=lambda cell: cell.section == "tuning" and cell.candidate == "recipe")
+    assert all(record["chosen"] is None for record in part["tuning"])
+    assert any(record["tried"][0]["accuracies"] for record in part["tuning"])
+    whole = study(ran=lambda cell: cell.candidate is not None)
+    assert {record["chosen"] for record in whole["tuning"]} == {"recipe"}
+
+
 def test_the_grid_takes_the_chosen_setting() -> None:
     found = plan(TINY)
     cell = next(c for c in found.cells if c.section == "grid" and c.method == "full-zo")
@@ -215,6 +226,20 @@ def test_processes_beside_each_other_stop_and_go_on(tmp_path: Path) -> None:
     assert {cell: again[cell] for cell in first} == {c: ("done", r) for c, r in first.items()}
     assert len(again) == len(tuning)
     assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_killed_process_ends_the_study_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def killed(self: Meter, cell: Cell, step: int) -> None:
+        for child in multiprocessing.active_children():
+            child.kill()
+
+    monkeypatch.setattr(Meter, "tick", killed)
+    assert command.main(arguments(tmp_path, "--processes", "2", "--only", "tuning")) == 1
+    assert "error: a run's process was killed" in capsys.readouterr().err
+    assert (tmp_path / "paper_smoke.json").exists()
 
 
 @pytest.mark.usefixtures("tiny")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -12,20 +11,19 @@ from typing import Any
 import pytest
 
 from experiments.folder import write_json
-from experiments.paper import documents
 from experiments.paper.cells import Cell
-from experiments.paper.compare import Runs, Scene, accuracy_text, gain_text, mean_of, read_studies
+from experiments.paper.compare import Runs, Scene, accuracy_text, gain_text, mean_of
 from experiments.paper.floors import Floor, floors, memory_floors
 from experiments.paper.report import __main__ as command
 from experiments.paper.report import measured
 from experiments.paper.report.blocks import Cell as Marked
-from experiments.paper.report.blocks import Table
+from experiments.paper.report.blocks import Table, made_by
 from experiments.paper.report.claims import claims
 from experiments.paper.report.generic import generic_tables
 from experiments.paper.report.others import SOURCES
 from experiments.paper.report.pictures import dots
 from experiments.paper.report.study import accuracy_table, gain_table, integer_table
-from tests.experiments.paper_results import SMALL, made_up, study, write_study
+from tests.experiments.paper_results import SMALL, made_up, study
 
 DIGITS = Scene("digits", "lenet5")
 TURNED = Scene("digits", "lenet5", 30.0)
@@ -98,6 +96,15 @@ def test_only_shared_seeds_are_compared() -> None:
 
 def by_promise(found: list[Floor], of: str) -> dict[str, tuple[str, str]]:
     return {f.promise.split(":")[0]: (f.status, f.measured) for f in found if f.of == of}
+
+
+def test_claims_leave_the_float_loss_out(tmp_path: Path) -> None:
+    def better(cell: Cell) -> float:
+        lifted = cell.arithmetic == "int8-float" and cell.method == "cls1"
+        return made_up(cell) + 1.5 * lifted
+
+    found = rows(claims([Runs(study(accuracy=better), "cpu")], tmp_path))
+    assert [line[1] for line in found.values()][:2] == ["+18.1 to +18.1 points"] * 2
 
 
 def test_floors_kept(runs: Runs, tmp_path: Path) -> None:
@@ -345,6 +352,24 @@ def test_results_of_another_layout_are_named(
     assert "breakdown_cpu.json is not of a known layout: 'rows' is" in capsys.readouterr().err
 
 
+def test_a_study_of_another_layout_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_json(tmp_path / "paper_cpu.json", {"command": "x", "seeds": [0]})
+    assert command.main(["--results", str(tmp_path), "--out", str(tmp_path / "i.html")]) == 2
+    assert "paper_cpu.json is not of a known layout: 'tasks' is missing" in capsys.readouterr().err
+
+
+def test_what_made_the_sections_is_said() -> None:
+    sections = {
+        "eps": {"seeds": [0], "hardware": "a machine", "commit": "0123456789abcdef"},
+        "tail": {"seeds": [0, 1], "hardware": "a machine", "commit": "f" * 40},
+    }
+    told = "a machine; commit 0123456789; commit ffffffffff; seeds 0; seeds 0, 1"
+    assert made_by({"command": "x", "sections": sections}) == told
+    assert made_by({"commits": ["0" * 40], "hardware": ["a", "b"]}) == "a; b; commit 0000000000"
+
+
 def test_results_that_nobody_described() -> None:
     content: Mapping[str, Any] = {
         "command": "x",
@@ -358,37 +383,3 @@ def test_results_that_nobody_described() -> None:
         [["1", "2.346", "yes", ""], ["2", "", "", "text"]],
     )
     assert (second.head, second.rows) == (["batches", "ms"], [["32", "1.5"]])
-
-
-# ---- the documents
-
-
-def test_tables_of_the_documents(tmp_path: Path) -> None:
-    assert documents.accuracies(tmp_path) == documents.NOTHING
-    write_study(tmp_path, ran=lambda c: c.section in ("tuning", "grid"))
-    lines = documents.accuracies(tmp_path).splitlines()
-    assert lines[0] == "| method | backpropagation trains | LeNet-5, Digits |"
-    assert lines[-2] == "| **ZO-Feat-Cls1** | last two FC | 96.10 ± 0.10 |"
-    integers = documents.integers(tmp_path).splitlines()
-    assert integers[-2] == "| **ZO-Feat-Cls1** | last two FC | 95.60 ± 0.10 (-0.50) |"
-    assert "Cls1 over Full ZO | +18.10 ± 0.06" in documents.scenes(tmp_path, turned=False)
-    assert documents.scenes(tmp_path, turned=True) == documents.NOTHING  # nothing was fine-tuned
-    assert "| over Full ZO: at least 5.2 points | Digits, FP32 |" in documents.kept(tmp_path)
-    assert "+18.1 to +18.1 points" in documents.claimed(tmp_path)
-
-
-def test_paper_numbers_are_the_abstracts(tmp_path: Path) -> None:
-    found = re.findall(r"\| ([^|]*) \| [^|]* \|$", documents.claimed(tmp_path), re.MULTILINE)
-    assert found[1:] == [
-        "+5.2 to +9.5 points",
-        "+5.2 to +9.5 points",
-        "0.072 to 1.7 %",
-        "1.46 to 1.60x",
-        "1.38 to 1.42x",
-    ]
-
-
-def test_studies_that_are_there(tmp_path: Path) -> None:
-    assert read_studies(tmp_path) == []
-    write_study(tmp_path)
-    assert [found.preset for found in read_studies(tmp_path)] == ["cpu"]

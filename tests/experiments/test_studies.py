@@ -13,9 +13,12 @@ import torch
 from experiments import accuracy, demo, int8_sweep, sweep
 from experiments.accuracy import AccuracyConfig, check_floors, compare
 from experiments.config import TrainConfig
+from experiments.elastic import ElasticConfig
 from experiments.memory import _peak, measure_step
+from experiments.memory_model import GridConfig
 from experiments.plots import standard_error
 from experiments.resolve import resolve
+from experiments.study import options
 
 TINY = ["--data", "digits", "--device", "cpu", "--threads", "1"]
 
@@ -34,6 +37,8 @@ def test_accuracy_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     text = (tmp_path / "results" / "accuracy_digits.json").read_text()
     assert str(tmp_path) not in text
     written = json.loads(text)
+    stated = "--data digits --data-dir DIR --seeds 2 --epochs 1 --batch-size 256 --device cpu"
+    assert written["command"] == f"python -m experiments.accuracy {stated} --threads 1"
     assert set(written["methods"]) == set(accuracy.METHODS)
     for row in written["methods"].values():
         assert len(row["accuracies"]) == 2
@@ -48,6 +53,14 @@ def test_accuracy_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert times == [(run / "result.json").stat().st_mtime_ns for run in runs]
     shown = capsys.readouterr().out
     assert "over the control" in shown and "kept" not in shown  # nothing is promised of the digits
+
+
+def test_options_say_what_differs_from_the_defaults() -> None:
+    given = AccuracyConfig(data="digits", seeds=2, data_dir=Path("there"), results=Path("here"))
+    assert options(given, "data") == " --seeds 2" and options(AccuracyConfig()) == ""
+    grid = GridConfig(batches=(8, 16), threads=2, out=Path("there"))
+    assert options(grid) == " --batches 8 16 --threads 2"
+    assert options(ElasticConfig(reduced=True, train_images=64)) == " --train-images 64 --reduced"
 
 
 def test_comparison_and_floors() -> None:
@@ -131,6 +144,8 @@ def test_a_step_holds_at_least_weights_and_activations() -> None:
     least = 4 * weights + 4 * config.batch_size * 6 * 28 * 28
     measured = measure_step(config)
     assert least < measured["bytes"] < 10 * least
+    few = measure_step(replace(config, train_images=256))  # the data set and its order do not count
+    assert few["bytes"] == measured["bytes"]
 
 
 def test_int8_sweep(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ Pictures and styles are inside: the page needs no other file and no network.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import jinja2
 import tyro
 
 from experiments.accuracy import RESULTS
+from experiments.folder import write_text
 from experiments.paper.compare import read_studies
 from experiments.paper.floors import Floor, floors
 from experiments.paper.report.blocks import Cell, Kind, Row, Table
@@ -74,24 +74,13 @@ def page(results: Path) -> str:
     )
 
 
-def write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """2 where the folder of the results is not there or a file is damaged."""
     config = tyro.cli(ReportConfig, args=arguments, prog=COMMAND)
     try:
         if not config.results.is_dir():
             raise ValueError(f"results must be a folder, got {config.results}")
-        write(config.out, page(config.results))
+        write_text(config.out, page(config.results))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -69,18 +69,18 @@ class Block:
 
 
 def made_by(content: Mapping[str, Any]) -> str:
-    """Hardware, seeds and commit of a results file, as far as it says."""
+    """Hardware, seeds and commit of a results file and of its sections, as far as they say."""
     parts = []
+    told = [content, *dict(content.get("sections") or {}).values()]
     for name in ("hardware", "clock", "commit", "commits"):
-        value = content.get(name)
-        texts = [str(v) for v in (value if isinstance(value, list) else [value]) if v]
-        if name.startswith("commit"):
-            texts = [f"commit {text[:10]}" for text in texts]
-        parts += texts
-    seeds = content.get("seeds")
-    if seeds:
-        parts.append(f"seeds {', '.join(map(str, seeds))}")
-    return "; ".join(parts)
+        for value in (one.get(name) for one in told):
+            texts = [str(v) for v in (value if isinstance(value, list) else [value]) if v]
+            if name.startswith("commit"):
+                texts = [f"commit {text[:10]}" for text in texts]
+            parts += texts
+    seeds = (one.get("seeds") for one in told)
+    parts += [f"seeds {', '.join(map(str, found))}" for found in seeds if found]
+    return "; ".join(dict.fromkeys(parts))
 
 
 __all__ = ["Block", "Cell", "Picture", "Row", "Table", "made_by"]

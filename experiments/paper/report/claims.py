@@ -50,6 +50,8 @@ def _each_gain(studies: Sequence[Runs], turned: bool) -> Iterator[float]:
                 best = runs.best(scene, arithmetic)
                 if best is None or (scene.rotate is not None) != turned:
                     continue
+                if arithmetic == "int8-float":  # for comparison: not the paper's integers alone
+                    continue
                 gain = runs.gain(scene, arithmetic, best, "full-zo")
                 if gain is not None:
                     yield gain.mean
