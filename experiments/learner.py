@@ -148,7 +148,7 @@ class Learner:
         if self.tail is not None:
             self.tail.step()
             self.tail.zero_grad()
-        self.zo.step(losses)
+        self.zo.step(self.head_losses(losses))
         self.losses = losses.detach()
         mean = self.losses.mean(dtype=torch.float64)
         finite = torch.isfinite(mean)
@@ -164,6 +164,10 @@ class Learner:
             return "mean"
         with self._autocast():
             return pair_losses(cross_entropy, self.model.clean_forward(x), y)[0]
+
+    def head_losses(self, losses: Tensor) -> Tensor:
+        """What the head's step sees of the losses `[halves]`."""
+        return losses
 
     def rates(self) -> tuple[float, float]:
         """Learning rates of head and tail at the present step."""
