@@ -26,6 +26,7 @@ from experiments.accuracy import CONTROLS, RESULTS
 from experiments.config import Data, Model, TrainConfig
 from experiments.environment import commit, hardware, versions
 from experiments.folder import write_json
+from experiments.inputs import Samples
 from experiments.learner import Learner, load_data
 from experiments.resolve import resolve
 from experiments.study import without_places
@@ -66,9 +67,12 @@ class WalkConfig:
 class Walker(Learner):
     """A learner whose head does not descend: the sign of each projected gradient is random."""
 
+    def __init__(self, config: TrainConfig, data: Samples) -> None:
+        super().__init__(config, data)
+        self.coin = torch.Generator().manual_seed(config.seed)
+
     def head_losses(self, losses: Tensor) -> Tensor:
-        coin = torch.Generator().manual_seed(self.config.seed << 32 | self.step_index)
-        turned = bool(torch.randint(2, (), generator=coin))
+        turned = bool(torch.randint(2, (), generator=self.coin))
         return losses.flip(0) if turned else losses
 
 
