@@ -7,6 +7,7 @@ made when a kernel module is imported, so it is made here, before any of them.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
+
+# A shell's background job starts with the keyboard's interrupt ignored; tests send it to themselves.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 BACKENDS = ("reference", "numba", "triton")
 
