@@ -134,6 +134,27 @@ def _static_ratio(row: Content) -> str:
     return f"{floats / integers:.2f}x" if floats and integers else ""
 
 
+def random_walk(content: Content) -> list[Table]:
+    """A line a head; differences seed by seed."""
+    rows: list[Row] = [
+        [head, f"{row['mean']:.2f} ± {row['sd']:.2f}", f"{mean(row['losses']):.3f}"]
+        for head, row in content["heads"].items()
+    ]
+    gains: list[Row] = [
+        [name, f"{gain['mean']:+.2f} ± {gain['standard_error']:.2f}"]
+        for name, gain in content["gains"].items()
+    ]
+    seeds = len(content["heads"]["frozen"]["accuracies"])
+    return [
+        Table(
+            ["head", "test accuracy %", "test loss"],
+            rows,
+            f"Mean ± standard deviation, n = {seeds}.",
+        ),
+        Table(["points", ""], gains, "Mean ± standard error of the differences seed by seed."),
+    ]
+
+
 def int8_sweep(content: Content) -> list[Table]:
     """A table a method: one change of the recipe at a time."""
     tables = []
@@ -216,5 +237,6 @@ __all__ = [
     "integer_signs",
     "memory_model",
     "nothing",
+    "random_walk",
     "step_cpu",
 ]

@@ -99,6 +99,15 @@ SOURCES = (
         measured.ESTIMATOR,
     ),
     Source(
+        "random_walk_*.json",
+        "Does the head descend",
+        "The head's steps beside steps of the same size whose sign a coin decides: what the method "
+        "has over the walk its projected gradients earned, what the walk lacks of the frozen head "
+        "is the price of moving.",
+        "python -m experiments.random_walk --data-dir DIR",
+        measured.random_walk,
+    ),
+    Source(
         "sweep_*.json",
         "How the float recipes were found",
         "Held-out accuracy over the head's learning rate and eps.",
