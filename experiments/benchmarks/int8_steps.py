@@ -60,7 +60,7 @@ class Int8Step:
     def __call__(self, x: Int8Tensor, y: Tensor) -> Tensor:
         logits = self.model(x)
         losses = self.model.losses(logits, y)
-        self.model.backward(logits, y)
+        self.model.backward(logits, y, "mean")  # of both halves, as in floats
         self.tail.step()
         self.zo.step(losses)
         return losses
