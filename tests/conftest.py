@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
-# A shell's background job starts with the keyboard's interrupt ignored; tests send it to themselves.
+# A background job starts with the keyboard's interrupt ignored; tests send it to themselves.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 BACKENDS = ("reference", "numba", "triton")
