@@ -142,7 +142,7 @@ def _price(
         how = {"pairing": config.pairing, "queries": config.queries}
         return price(net, cut, tail, example, STATE_TENSORS[config.tail_optimizer], how=how)
     model = ElasticZOInt8(net, tail, queries=config.queries, pairing=config.pairing)
-    memory = int8_training_memory(model, quantize(example))
+    memory = int8_training_memory(model, quantize(example), "mean")  # the recipes' source
     return Candidate(cut, tail, sum(w.numel() for w in model.tail_parameters()), memory)
 
 

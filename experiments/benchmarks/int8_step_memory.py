@@ -60,7 +60,7 @@ def _fp32(method: str, pairing: str, x: Tensor, y: Tensor) -> dict[str, Any]:
 
 def _int8(method: str, pairing: str, x: Int8Tensor, y: Tensor) -> dict[str, Any]:
     step = Int8Step(method, pairing)
-    predicted = int8_training_memory(step.model, x).peak.bytes
+    predicted = int8_training_memory(step.model, x, "mean").peak.bytes
     held = _held([*step.model.state_dict().values(), x.q, x.exponent, y])
     return {"measured": held + recorded_peak(lambda: step(x, y)), "predicted": predicted}
 
