@@ -24,12 +24,12 @@ from torch import Tensor
 
 from experiments.accuracy import CONTROLS, RESULTS
 from experiments.config import Data, Model, TrainConfig
-from experiments.environment import commit, hardware, versions
+from experiments.environment import commit, hardware, use_threads, versions
 from experiments.folder import write_json
 from experiments.inputs import Samples
 from experiments.learner import Learner, load_data
-from experiments.resolve import resolve
-from experiments.study import without_places
+from experiments.resolve import pick_device, resolve
+from experiments.study import options, without_places
 from experiments.train import REFUSED, USAGE_ERROR
 
 HEADS = ("frozen", "walks", "descends")
@@ -58,6 +58,8 @@ class WalkConfig:
     """Learning rate of the head. Default: the recipe's."""
     seeds: int = 3
     """Seeds 0 to seeds - 1, >= 2."""
+    device: str = "auto"
+    """auto (cuda where there is one), cpu, cuda or cuda:<n>."""
     threads: int = 1
     """CPU threads of torch, >= 1."""
     results: Path = RESULTS
@@ -90,7 +92,7 @@ def configurations(study: WalkConfig) -> dict[str, TrainConfig]:
         batch_size=study.batch_size,
         points=study.points,
         threads=study.threads,
-        device="cpu",
+        device=study.device,
     )
     control = replace(own, method=CONTROLS[study.method], head_lr=None)  # type: ignore[arg-type]
     return {"frozen": resolve(control), "walks": resolve(own), "descends": resolve(own)}
@@ -99,7 +101,7 @@ def configurations(study: WalkConfig) -> dict[str, TrainConfig]:
 def measure(study: WalkConfig, bar: Bar) -> dict[str, Any]:
     """Test accuracy and loss of each head and seed."""
     configs = configurations(study)
-    torch.set_num_threads(study.threads)
+    use_threads(study.threads)
     data = load_data(configs["frozen"])
     found: dict[str, Any] = {}
     for head in HEADS:
@@ -140,12 +142,8 @@ def gains(found: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 def command(study: WalkConfig) -> str:
     """What to type to run it again; folders are the reader's."""
-    given = ""
-    for name in ("model", "data", "method", "epochs", "batch_size", "points", "head_lr", "seeds"):
-        value = getattr(study, name)
-        given += f" --{name.replace('_', '-')} {value}" if value is not None else ""
     place = "" if study.data == "digits" else " --data-dir DIR"
-    return f"python -m experiments.random_walk{given}{place}"
+    return f"python -m experiments.random_walk{options(study)}{place}"
 
 
 def table(found: dict[str, Any]) -> Table:
@@ -174,7 +172,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except REFUSED as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE_ERROR
-    made = {"hardware": hardware(torch.device("cpu")), "versions": versions(), "commit": commit()}
+    device = pick_device(study.device)
+    made = {"hardware": hardware(device), "versions": versions(), "commit": commit()}
     path = study.results / f"random_walk_{study.data.replace('-', '_')}_{study.method}.json"
     write_json(path, {"command": command(study), "epochs": study.epochs, **found, **made})
     console.print(table(found))

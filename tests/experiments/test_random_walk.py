@@ -59,7 +59,7 @@ def test_the_command_writes_every_head(tmp_path: Path, capsys: pytest.CaptureFix
     small = ["--data", "digits", "--epochs", "1", "--seeds", "2", "--results", str(tmp_path)]
     assert random_walk.main(small) == 0
     written = json.loads((tmp_path / "random_walk_digits_cls2.json").read_text())
-    assert written["command"].endswith("--epochs 1 --batch-size 64 --seeds 2")
+    assert written["command"].endswith("random_walk --data digits --epochs 1 --seeds 2")
     assert list(written["heads"]) == ["frozen", "walks", "descends"]
     for row in written["heads"].values():
         assert len(row["accuracies"]) == len(row["losses"]) == 2
@@ -70,3 +70,5 @@ def test_the_command_writes_every_head(tmp_path: Path, capsys: pytest.CaptureFix
 def test_one_seed_has_no_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert random_walk.main(["--data", "digits", "--seeds", "1"]) == 2
     assert "seeds must be at least 2, got 1" in capsys.readouterr().err
+    assert random_walk.main(["--data", "digits", "--threads", "0"]) == 2
+    assert "threads must be in [1, inf), got 0" in capsys.readouterr().err
