@@ -29,12 +29,17 @@ from zo_kernels.paired_layer_norm import paired_layer_norm
 from zo_kernels.paired_linear import paired_linear
 from zo_kernels.perturb import perturb_
 from zo_kernels.perturbed_weights import perturbed_weights
+from zo_kernels.reference.rules import apply_rule_
+from zo_kernels.rules import RULES, Rule
 from zo_kernels.sample import sample
 from zo_kernels.stage import stage_
 from zo_kernels.update import update_
 
 __all__ = [
     "BACKENDS",
+    "RULES",
+    "Rule",
+    "apply_rule_",
     "int8_conv2d_gradient",
     "int8_conv2d_max_pool",
     "int8_gradient_update_",

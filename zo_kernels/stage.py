@@ -33,6 +33,7 @@ from zo_kernels._table import FIELDS, flat_walk, row_offset, source_row
 from zo_kernels._triton import jit, tl
 from zo_kernels.noise import KIND, float_noise
 from zo_kernels.perturbed_weights import OUT_DTYPES
+from zo_kernels.rules import By, check_rule, kept_of, write_back
 from zo_kernels.update import TRITON_DTYPES, WARPS, updated
 
 
@@ -80,6 +81,8 @@ def _stage_kernel(
     lr_ptr,
     decay_ptr,
     skip_ptr,
+    kept_ptr,  # [T, KEPT] int64 and [weights, numbers] fp64, or None where the rule keeps nothing
+    settings_ptr,
     queries,
     first_query,
     start,  # halves to write, counted from those of first_query
@@ -94,6 +97,8 @@ def _stage_kernel(
     PER: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK: tl.constexpr,
+    RULE: tl.constexpr,
+    KEPT: tl.constexpr,
 ):
     t = 0 if ONE else tl.load(block_ptr + tl.program_id(0))
     p_row = table_ptr + t * FIELDS
@@ -105,22 +110,26 @@ def _stage_kernel(
     o_e = pid * BLOCK + tl.arange(0, BLOCK)
     if FLAT:  # 16-byte accesses: every address and length is a multiple of 16
         p_w, m_e = flat_walk(p_row, o_e, DTYPE, INT64)
+        o_at = o_e
         p_out = out_ptr + tl.multiple_of(offset, 16) + o_e
         half_stride = tl.multiple_of(half_stride, 16)
     else:
         o_row, o_col = o_e // padded_cols, o_e % padded_cols
         m_e = (o_e < elements) & (o_col < cols)
         w_ptr = tl.load(p_row).to(tl.pointer_type(DTYPE))
-        p_w = w_ptr + row_offset(table_ptr, t, o_row, o_col, 6, INT64)
+        o_at = row_offset(table_ptr, t, o_row, o_col, 6, INT64)
+        p_w = w_ptr + o_at
         p_out = out_ptr + offset + row_offset(table_ptr, t, o_row, o_col, 13, INT64)
     b_w = tl.load(p_w, mask=m_e, other=0.0)
     if PENDING:  # noqa: SIM102
         if tl.load(skip_ptr) == 0:
             group = tl.load(p_row + 10)
             lr, decay = tl.load(lr_ptr + group), tl.load(decay_ptr + group)
+            p_kept = kept_ptr + t * KEPT if KEPT else kept_ptr
             # fmt: off
             b_w = updated(b_w.to(WIDE), before_ptr, coeff_ptr, queries, lr, decay, scale, pid,
-                          tensor, cols, padded_cols, first_row, DTYPE, WIDE, NOISE, PER, BLOCK)
+                          tensor, cols, padded_cols, first_row, p_kept, settings_ptr, o_at, m_e,
+                          DTYPE, WIDE, NOISE, PER, BLOCK, RULE, FLAT)
             # fmt: on
             tl.store(p_w, b_w, mask=m_e)
     o_group = pid * (BLOCK // PER) + tl.arange(0, BLOCK // PER) + first_row * (padded_cols // PER)
@@ -143,14 +152,17 @@ def _launch(
     noise: str,
     pending: tuple[Tensor, ...] | None,
     groups: Sequence[int],
+    rule: str,
+    kept: Sequence[tuple[int, ...]],
+    settings: Tensor | None,
 ) -> None:
     """One launch: weights of one dtype that a kernel can walk, halves in one memory."""
-    table = _table.table_of(params, tensors, groups, scales, noise, outs, first_row)
+    table = _table.table_of(params, tensors, groups, scales, noise, outs, first_row, kept)
     before, coeff, lr, decay, skip = pending or (key, eps, eps, eps, eps)
     first_query = start // 2
     _stage_kernel[(table.blocks.numel(),)](
         *(table.fields, table.scales, table.blocks, outs[0], key, eps),
-        *(before, coeff, lr, decay, skip, coeff.numel()),
+        *(before, coeff, lr, decay, skip, table.kept, settings, coeff.numel()),
         *(first_query, start - 2 * first_query, stop - 2 * first_query),
         PENDING=pending is not None,
         ONE=len(params) == 1,
@@ -162,13 +174,17 @@ def _launch(
         PER=PER_CALL[noise],
         INT64=table.int64,
         BLOCK=_table.BLOCK,
+        RULE=rule,
+        KEPT=0 if table.kept is None else table.kept.shape[1],
         num_warps=WARPS,
         enable_fp_fusion=True,
     )
 
 
-def _walkable(out: Tensor, w: Tensor) -> bool:
-    return layout_of(w) is not None and layout_of(out[0]) is not None
+def _walkable(out: Tensor, w: Tensor, state: Sequence[Tensor]) -> bool:
+    layout = layout_of(w)
+    alike = all(layout_of(s) == layout for s in state)
+    return layout is not None and alike and layout_of(out[0]) is not None
 
 
 def _launch_stage_(
@@ -184,29 +200,34 @@ def _launch_stage_(
     noise: str,
     pending: tuple[Tensor, ...] | None,
     groups: Sequence[int],
+    by: By,
 ) -> None:
     """One launch for each pair of dtypes and each memory of the halves (one, as a rule)."""
-    groups = groups or [0] * len(params)
+    groups, count = groups or [0] * len(params), len(params)
+    rule, state, settings = by
     together: dict[tuple[object, ...], list[int]] = {}
     for i, (out, w) in enumerate(zip(outs, params, strict=True)):
         if w.numel():
-            alone = () if _walkable(out, w) else (i,)
+            alone = () if _walkable(out, w, state[i::count]) else (i,)
             where = (w.dtype, out.dtype, out.untyped_storage().data_ptr(), *alone)
             together.setdefault(where, []).append(i)
     for members in together.values():
         first = members[0]
         to, of = [outs[i] for i in members], [params[i] for i in members]
-        walkable = _walkable(to[0], of[0])
+        states = [state[i::count] for i in members]
+        walkable = _walkable(to[0], of[0], states[0])
         if not walkable:  # no kernel can walk these strides: work on contiguous copies
-            of = [of[0].contiguous()]
+            copies = [t.contiguous() for t in (of[0], *states[0])]
+            of, states = copies[:1], [copies[1:]]
             to = [torch.empty(to[0].shape, dtype=to[0].dtype, device=to[0].device)]
         indices, factors = [tensors[i] for i in members], [scales[i] for i in members]
-        span = (start, stop, first_row, noise)
-        _launch(to, of, key, eps, indices, factors, *span, pending, [groups[i] for i in members])
+        update = (pending, [groups[i] for i in members], rule, kept_of(rule, members, states))
+        rest = (start, stop, first_row, noise, *update, settings)
+        _launch(to, of, key, eps, indices, factors, *rest)
         if not walkable:
             outs[first].copy_(to[0])
             if pending is not None:
-                params[first].copy_(of[0])
+                write_back([params[first], *state[first::count]], copies)
 
 
 def _implementation(
@@ -226,15 +247,18 @@ def _implementation(
     weight_decay: Tensor | None,
     skip: Tensor | None,
     groups: Sequence[int],
+    rule: str,
+    state: Sequence[Tensor],
+    settings: Tensor | None,
     backend: str,
 ) -> None:
     backend = resolve_backend(backend, key.device)
     params = [w.detach() for w in params]
+    update = dict(before=before, coeff=coeff, lr=lr, weight_decay=weight_decay, skip=skip)
     if backend == "triton":
-        given = [t for t in (before, coeff, lr, weight_decay, skip) if t is not None]
-        pending = tuple(given) or None
-        span = (start, stop, first_row, noise)
-        _launch_stage_(outs, params, key, eps, tensors, scales, *span, pending, groups)
+        pending = tuple(t for t in update.values() if t is not None) or None
+        span, by = (start, stop, first_row, noise), (rule, state, settings)
+        _launch_stage_(outs, params, key, eps, tensors, scales, *span, pending, groups, by)
         return
     twin("stage_", backend)(
         *(outs, params, key, eps),
@@ -244,12 +268,11 @@ def _implementation(
         stop=stop,
         first_row=first_row,
         noise=noise,
-        before=before,
-        coeff=coeff,
-        lr=lr,
-        weight_decay=weight_decay,
-        skip=skip,
+        **update,
         groups=groups,
+        rule=rule,
+        state=state,
+        settings=settings,
     )
 
 
@@ -260,8 +283,8 @@ def _fake(*args: object) -> None:
 _OP = register(
     "stage_(Tensor(a!)[] outs, Tensor(b!)[] params, Tensor key, Tensor eps, int[] tensors, "
     "float[] scales, int start, int stop, int first_row, str noise, Tensor? before, "
-    "Tensor? coeff, Tensor? lr, Tensor? weight_decay, Tensor? skip, int[] groups, str backend) "
-    "-> ()",
+    "Tensor? coeff, Tensor? lr, Tensor? weight_decay, Tensor? skip, int[] groups, str rule, "
+    "Tensor(c!)[] state, Tensor? settings, str backend) -> ()",
     _implementation,
     _fake,
 )
@@ -272,9 +295,10 @@ def _check_pending(
     pending: tuple[Tensor | None, ...],
     groups: Sequence[int],
     params: Sequence[Tensor],
+    by: By,
 ) -> bool:
     """Whether an update is pending; all of it is given, or nothing."""
-    if all(t is None for t in pending) and not groups:
+    if all(t is None for t in (*pending, by[2])) and not groups and not by[1]:
         return False
     before, coeff, lr, decay, skip = pending
     if any(t is None for t in pending) or len(groups) != len(params):
@@ -293,6 +317,7 @@ def _check_pending(
         check_in_place(f"params[{i}]", w)
         if not 0 <= group < lr.numel():
             raise ValueError(f"groups[{i}] must be in [0, {lr.numel()}), got {group}")
+    check_rule(*by, params, key.device)
     return True
 
 
@@ -314,12 +339,15 @@ def stage_(
     weight_decay: Tensor | None = None,
     skip: Tensor | None = None,
     groups: Sequence[int] = (),
+    rule: str = "sgd",
+    state: Sequence[Tensor] = (),
+    settings: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
     """Write halves `start .. stop - 1` of `w +- eps * scale * z_q` of T weights into `outs`.
 
-    With a pending update (`before` to `groups`, all of it) each weight is first updated in place,
-    bit for bit as `update_` does it, and the halves are those of the new weight.
+    With a pending update (`before` to `groups`, all of it, by `rule`) each weight is first updated
+    in place, bit for bit as `update_` does it, and the halves are those of the new weight.
 
     Args:
         outs: T tensors `[stop - start, *w.shape]`, float32, float64, bfloat16 or float16.
@@ -332,6 +360,7 @@ def stage_(
         before: `[2]` int64, the key of the pending update. coeff: `[Q]` float64.
         lr, weight_decay: `[G]` float64. skip: `[]` float32; not 0 leaves the weights as they are.
         groups: T indices into lr and weight_decay.
+        rule, state, settings: of the pending update, as in `update_`; state is sliced as weights.
         backend: "auto", "triton", "numba" or "reference".
     Determinism: bit-equal to `update_` and `perturbed_weights` on the same backend.
     Source: arXiv:2501.04287, abstract.
@@ -357,12 +386,13 @@ def stage_(
         rows, cols = rows_cols(w.shape)
         check_groups((first_row + rows, cols), noise)
     pending = (before, coeff, lr, weight_decay, skip)
-    changes = _check_pending(key, pending, groups, params)
+    by = (rule, state, settings)
+    changes = _check_pending(key, pending, groups, params, by)
     span = (start, stop, first_row, noise)
-    _OP(outs, params, key, eps, tensors, scales, *span, *pending, groups, backend)
+    _OP(outs, params, key, eps, tensors, scales, *span, *pending, groups, *by, backend)
     if changes and not torch.compiler.is_compiling():
-        for w in params:
-            torch.autograd.graph.increment_version(w)
+        for t in (*params, *state):
+            torch.autograd.graph.increment_version(t)
 
 
 __all__ = ["stage_"]

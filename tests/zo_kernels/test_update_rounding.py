@@ -20,7 +20,7 @@ from tests.zo_kernels._noise_model import model
 from tests.zo_kernels._weights import IN_PLACE, bits, f64, same_bits
 from zo_kernels import update_
 from zo_kernels._triton import HAS_TRITON, interpreted, jit, tl
-from zo_kernels.reference.update import round_stochastically
+from zo_kernels.reference.rules import round_stochastically
 from zo_kernels.update import round_to_bf16
 
 pytestmark = pytest.mark.usefixtures("poison")
