@@ -35,9 +35,6 @@ def with_momentum(b_u, p_kept, p_settings, o_at, m_e, DTYPE, WIDE, FLAT: tl.cons
 def with_moments(b_u, p_kept, p_settings, o_at, m_e, DTYPE, WIDE, FLAT: tl.constexpr):
     """Adam's step; `1 - beta` is taken in float64, of which fp32 would keep a few digits."""
     beta1, beta2 = tl.load(p_settings), tl.load(p_settings + 1)
-    epsilon = tl.load(p_settings + 2).to(WIDE)
-    correction1 = tl.load(p_settings + 3).to(WIDE)
-    correction2 = tl.load(p_settings + 4).to(WIDE)
     p_m = state_walk(p_kept, 0, o_at, DTYPE, FLAT)
     b_m = beta1.to(WIDE) * tl.load(p_m, mask=m_e, other=0.0).to(WIDE)
     b_m += (1.0 - beta1).to(WIDE) * b_u
@@ -46,6 +43,9 @@ def with_moments(b_u, p_kept, p_settings, o_at, m_e, DTYPE, WIDE, FLAT: tl.const
     b_v = beta2.to(WIDE) * tl.load(p_v, mask=m_e, other=0.0).to(WIDE)
     b_v += (1.0 - beta2).to(WIDE) * (b_u * b_u)
     tl.store(p_v, b_v.to(DTYPE), mask=m_e)
+    epsilon = tl.load(p_settings + 2).to(WIDE)
+    correction1 = tl.load(p_settings + 3).to(WIDE)
+    correction2 = tl.load(p_settings + 4).to(WIDE)
     return (b_m / correction1) / (tl.sqrt(b_v / correction2) + epsilon)
 
 

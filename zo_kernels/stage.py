@@ -388,6 +388,7 @@ def stage_(
     pending = (before, coeff, lr, weight_decay, skip)
     by = (rule, state, settings)
     changes = _check_pending(key, pending, groups, params, by)
+    by = by if changes else ("sgd", (), None)
     span = (start, stop, first_row, noise)
     _OP(outs, params, key, eps, tensors, scales, *span, *pending, groups, *by, backend)
     if changes and not torch.compiler.is_compiling():

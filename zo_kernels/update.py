@@ -249,9 +249,16 @@ def _implementation(
     if backend == "triton":
         _launch_update_(*args, tensors, groups, scales, noise, rule, state, settings)
         return
-    by = {"rule": rule, "state": state, "settings": settings}
-    named = {"tensors": tensors, "groups": groups, "scales": scales, "noise": noise}
-    twin("update_", backend)(*args, **named, **by)
+    twin("update_", backend)(
+        *args,
+        tensors=tensors,
+        groups=groups,
+        scales=scales,
+        noise=noise,
+        rule=rule,
+        state=state,
+        settings=settings,
+    )
 
 
 def _fake(*args: object) -> None:

@@ -294,16 +294,18 @@ def update_rows_(
     rates, decays = (t.to(torch.float32).numpy() for t in (lr, weight_decay))
     words = counter_words(key, 0, 0)[1:]
     small: list[int] = []
-    numbers = np.zeros((len(params), 1)) if settings is None else settings.numpy()
+    numbers: Any = None
+    if rule != "sgd":
+        numbers = np.zeros((len(params), 1)) if settings is None else settings.numpy()
     for i, (w, tensor, group) in enumerate(zip(params, tensors, groups, strict=True)):
-        own = state[i :: len(params)]
+        own = state[i :: len(params)] if state else ()
         if w.dtype != torch.float32:
             rates_of = (lr[group], weight_decay[group], skip, tensor, scales[i], noise)
             by = (rule, own, None if settings is None else settings[i])
             update_one_(w, key, coeff, *rates_of, *by, draw)
             continue
         walk = walk_of(w.shape, w.stride(), noise)
-        if any(layout_of(s) != layout_of(w) for s in own):
+        if own and any(layout_of(s) != layout_of(w) for s in own):
             walk = None
         if walk is not None and not first_row and walk.groups * walk.lanes < PARALLEL_FROM:
             small.append(i)
