@@ -22,8 +22,8 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from experiments.environment import commit, hardware, versions
-from experiments.folder import write_json
+from experiments.files import write_json
+from experiments.train.environment import made_on
 from zo_kernels import (
     int8_paired_conv2d,
     int8_paired_linear,
@@ -169,9 +169,7 @@ def main(config: Config) -> None:
                 print(f"  {run:40} {ms:8.3f} ms" + (f"  {speedup:.2f}x" if speedup else ""))
     written = {
         "command": COMMAND,
-        "commit": commit(),
-        "versions": versions(),
-        "hardware": hardware(torch.device("cpu")),
+        **made_on(torch.device("cpu")),
         "rounds": config.rounds,
         "layers": layers,
     }

@@ -4,8 +4,8 @@
 one process and in turn, so that a drift of the machine meets all of them. On one thread the time is
 that of the thread, which does not count when others have the core. FP32 runs in both memory
 formats, Full BP also as plain torch, and the faster one is what INT8 is compared with. Beside the
-steps: two plain passes alone, the stages of a step (experiments/stages.py), and memory in two
-models (experiments/benchmarks/int8_step_memory.py). JSON goes to
+steps: two plain passes alone, the stages of a step (experiments/studies/stages.py), and memory in
+two models (experiments/benchmarks/int8_step_memory.py). JSON goes to
 `experiments/results/int8_step_cpu.json`.
 """
 
@@ -27,7 +27,6 @@ from rich.table import Table
 from torch import nn
 
 from elasticzo.int8 import ElasticZOInt8, quantize
-from experiments import breakdown
 from experiments.benchmarks import int8_step_memory
 from experiments.benchmarks.int8_steps import (
     FORMATS,
@@ -40,9 +39,10 @@ from experiments.benchmarks.int8_steps import (
     network,
     verify,
 )
-from experiments.benchmarks.timing import Timings
-from experiments.environment import commit, hardware, versions
-from experiments.folder import write_json
+from experiments.files import write_json
+from experiments.studies import breakdown
+from experiments.timing import Timings
+from experiments.train.environment import made_on
 
 COMMAND = "python -m experiments.benchmarks.int8_step_cpu"
 RESULT = Path(__file__).parent.parent / "results" / "int8_step_cpu.json"
@@ -206,9 +206,7 @@ def main(config: Config) -> None:
         "memory": memory,
         "memory_meaning": " ".join((int8_step_memory.__doc__ or "").split()),
         "static": int8_step_memory.static_figures(),
-        "hardware": hardware(torch.device("cpu")),
-        "versions": versions(),
-        "commit": commit(),
+        **made_on(torch.device("cpu")),
     }
     write_json(config.out, written)
     console.print(f"wrote {config.out}", markup=False)

@@ -7,7 +7,7 @@ in numba, lie for INT8 one row of a weight while it is packed (at most 5.4 KiB o
 largest sums of the channels (1 KiB) and 64 KiB of noise during the update, when the activations
 are gone; for FP32 as much in chunks of noise.
 
-Static: the paper's formulas (experiments/static_memory.py), every buffer held all the time.
+Static: the paper's formulas (experiments/studies/static_memory.py), every buffer held all the time.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from elasticzo.int8.memory import int8_training_memory
 from elasticzo.memory import training_memory
 from elasticzo.models import LeNet5
 from experiments.benchmarks.int8_steps import PAIRINGS, TAILS, Fp32Step, Int8Step
-from experiments.memory import recorded_peak
-from experiments.static_memory import sizes, static_bytes
+from experiments.studies.static_memory import sizes, static_bytes
+from experiments.train.memory import recorded_peak
 
 STATIC_BATCHES = (32, 256)
 

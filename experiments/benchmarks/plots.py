@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.benchmarks.section import Row, usable
-from experiments.plots import pyplot, save
+from experiments.train.plots import pyplot, save
 
 TARGET = 97  # % of two inference passes
 

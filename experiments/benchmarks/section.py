@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.benchmarks.timing import Contestant, Timings, measure
+from experiments.timing import Contestant, Timings, measure
 
 Row = dict[str, Any]
 COMPILED_ROWS = 4096  # kernels are the same for more of them

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from elasticzo import ZOSGD, ElasticZO, pair_losses
 from elasticzo.models import LeNet5
-from experiments.environment import commit, hardware, versions
-from experiments.folder import write_json
+from experiments.files import write_json
+from experiments.train.environment import made_on
 from zo_kernels import perturbed_weights, sample, update_
 
 EPS, LR = 1e-3, 1e-6
@@ -178,9 +178,7 @@ def main(config: Config) -> None:
     command = "python -m experiments.benchmarks.step_cpu"
     written = {
         "command": command,
-        "commit": commit(),
-        "versions": versions(),
-        "hardware": hardware(torch.device("cpu")),
+        **made_on(torch.device("cpu")),
         "ns_per_weight": noise,
         "batches": rows,
     }

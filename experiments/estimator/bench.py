@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from elasticzo.checkpoint import load_checkpoint
-from experiments.config import Method, TrainConfig
 from experiments.estimator.probe import Probe, stats
 from experiments.estimator.settings import EstimatorConfig, Sizes, sizes_of
-from experiments.folder import CHECKPOINT, METRICS, read_metrics
-from experiments.learner import Learner, load_data
-from experiments.resolve import library_tail
-from experiments.study import in_own_folder, run_all
+from experiments.studies.study import in_own_folder, run_all
+from experiments.train.config import Method, TrainConfig
+from experiments.train.folder import CHECKPOINT, METRICS, read_metrics
+from experiments.train.learner import Learner, load_data
+from experiments.train.resolve import library_tail
 
 COMMAND = "python -m experiments.estimator"
 STATES = ("untrained", "trained")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from experiments.accuracy import RESULTS
+from experiments.commands import RESULTS
 
 Section = Literal["cosine", "queries", "noise", "eps", "tail"]
 SECTIONS: tuple[Section, ...] = ("cosine", "queries", "noise", "eps", "tail")

@@ -12,10 +12,10 @@ from torch.nn.functional import cross_entropy
 
 from elasticzo import ZOSGD, pair_losses
 from elasticzo.losses import select_source
-from experiments.config import Method
 from experiments.estimator.bench import STATES, Bench, Result, batch
 from experiments.estimator.probe import along, gradient_of, stats
-from experiments.learner import Learner
+from experiments.train.config import Method
+from experiments.train.learner import Learner
 
 METHODS: tuple[Method, ...] = ("cls2", "cls1")
 SOURCES = ("plus", "minus", "mean", "clean")

@@ -8,9 +8,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from experiments.accuracy import CONTROLS, METHODS
-from experiments.folder import read_json
+from experiments.files import read_json
 from experiments.paper.cells import ARITHMETICS, WITH_HEAD
+from experiments.train.recipes import CONTROLS, METHODS
 
 METHOD_TITLES: Mapping[str, str] = {
     "full-zo": "Full ZO",

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from elasticzo.data import CLOUD_SETS
-from experiments.accuracy import METHODS
-from experiments.config import Data, Method, Model
 from experiments.paper.cells import ARITHMETICS, Arithmetic
+from experiments.train.config import Data, Method, Model
+from experiments.train.recipes import METHODS
 
 
 @dataclass(frozen=True)

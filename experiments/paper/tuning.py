@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.config import TrainConfig
-from experiments.int8_config import SCHEDULES
 from experiments.paper.cells import WITH_HEAD
+from experiments.train.config import TrainConfig
+from experiments.train.int8_config import SCHEDULES
 
 # Powers of 2 of (head's rate, tail's rate), by how likely they are; the first is the recipe itself.
 HEAD = ((0, 0), (-1, 0), (1, 0), (-2, 0), (2, 0))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.folder import read_json
+from experiments.files import read_json
 from experiments.paper.cells import WITH_HEAD
 from experiments.paper.compare import Runs
 from experiments.paper.floors import elastic_curves, grid_overheads, overhead

@@ -1,0 +1,335 @@
+"""From what a user gave to what runs: checked values, no default left open."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import typing
+from dataclasses import asdict, fields, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from elasticzo.cut import resolve_cut
+from elasticzo.data import CLOUD_SETS
+from elasticzo.models import LeNet5, PointNet, ResNet20
+from experiments.train.config import NOT_IDENTITY, Data, Model, TrainConfig
+from experiments.train.inputs import Samples
+from experiments.train.int8_config import NO_INT8, check_int8, int8_recipe, refuse_int8_fields
+from experiments.train.recipes import BF16_EPS, EPOCHS, POINTS, RECIPES, TAILS, base_method
+from zo_kernels import resolve_backend
+
+# (field, lowest, highest, whether the ends are allowed)
+RANGES: tuple[tuple[str, float, float, bool, bool], ...] = (
+    ("queries", 1, 2**24 - 1, True, True),
+    ("eps", 0.0, math.inf, False, False),
+    ("head_lr", 0.0, math.inf, True, False),
+    ("clip", 0.0, math.inf, False, True),
+    ("head_weight_decay", 0.0, math.inf, True, False),
+    ("head_warmup", 0.0, 1.0, True, False),
+    ("tail_lr", 0.0, math.inf, True, False),
+    ("tail_momentum", 0.0, 1.0, True, False),
+    ("tail_weight_decay", 0.0, math.inf, True, False),
+    ("tail_warmup", 0.0, 1.0, True, False),
+    ("step_epochs", 1, math.inf, True, False),
+    ("step_gamma", 0.0, 1.0, False, True),
+    ("batch_size", 1, math.inf, True, False),
+    ("epochs", 1, 2**32 - 1, True, True),
+    ("eval_epochs", 1, math.inf, True, False),
+    ("seed", 0, 2**63 - 1, True, True),
+    ("points", 1, math.inf, True, False),
+    ("train_images", 1, math.inf, True, False),
+    ("hold_out", 0, math.inf, True, False),
+    ("rotate", -360.0, 360.0, True, True),
+    ("threads", 1, math.inf, True, False),
+    ("checkpoint_steps", 1, math.inf, True, False),
+    ("log_steps", 1, math.inf, True, False),
+)
+# Taken from the recipe as they are.
+FROM_RECIPE = (
+    "init",
+    "batch_norm",
+    "noise",
+    "head_lr",
+    "clip",
+    "head_schedule",
+    "head_warmup",
+    "tail_source",
+    "tail_schedule",
+    "tail_warmup",
+)
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """The configuration with every default decided; the same for a resolved one.
+
+    Raises: ValueError that says which field expected what, and what came.
+    """
+    check(config)
+    if config.precision == "int8":
+        return _resolve_int8(config)
+    refuse_int8_fields(config)
+    recipe = RECIPES[config.model][config.method]
+    tail = resolve_tail(config)
+    device = pick_device(config.device)
+    optimizer = config.tail_optimizer or recipe.tail_optimizer
+    if optimizer != "sgd" and config.tail_momentum:
+        raise ValueError(
+            f"tail_momentum belongs to tail_optimizer 'sgd', got {config.tail_momentum} with "
+            f"{optimizer!r}"
+        )
+    filled: dict[str, Any] = {
+        **{name: getattr(recipe, name) for name in FROM_RECIPE},
+        "eps": max(recipe.eps, BF16_EPS) if config.precision == "bf16" else recipe.eps,
+        "tail_lr": recipe.tail_lr[optimizer],
+        "tail_momentum": 0.9 if optimizer == "sgd" else 0.0,
+        **NO_INT8,
+        **_places(config, device),
+    }
+    missing = {k: v for k, v in filled.items() if getattr(config, k) is None and k != "scale"}
+    config = replace(config, **missing)
+    filled = {
+        "tail": tail,
+        "scale": _scale(config, tail, dict(recipe.scale)),
+        "tail_optimizer": optimizer,
+        "device": str(device),
+        "backend": resolve_backend(config.backend, device),
+    }
+    return replace(config, **filled)
+
+
+def _places(config: TrainConfig, device: torch.device) -> dict[str, Any]:
+    """Defaults that no recipe decides."""
+    name = f"{config.data}-{config.model}-{config.method}-{config.seed}"
+    clouds = config.data in CLOUD_SETS
+    return {
+        "epochs": EPOCHS[config.data],
+        "points": POINTS if clouds else None,
+        "augment": True if clouds else None,
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "out": Path("runs") / (f"{name}-int8" if config.precision == "int8" else name),
+    }
+
+
+def _resolve_int8(config: TrainConfig) -> TrainConfig:
+    device, tail = pick_device(config.device), resolve_tail(config)
+    recipe = int8_recipe(config)
+    if config.start_from is not None:
+        recipe["logit_shift"] = 0  # trained logits have their size
+    filled = {**recipe, **_places(config, device)}
+    filled["batch_norm"] = False if config.model == "pointnet" else None
+    missing = {k: v for k, v in filled.items() if getattr(config, k) is None and k != "scale"}
+    config = replace(config, **missing)
+    filled = {
+        "tail": tail,
+        "scale": _scale(config, tail, recipe["scale"]),
+        "device": str(device),
+        "backend": resolve_backend(config.backend, device),
+    }
+    return replace(config, **filled)
+
+
+def check(config: TrainConfig) -> None:
+    """Raise ValueError for a value out of its range."""
+    for name, choices in _all_choices().items():
+        value = getattr(config, name)
+        if choices and value is not None and value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    for name, low, high, with_low, with_high in RANGES:
+        value = getattr(config, name)
+        if value is None:
+            continue
+        above = value >= low if with_low else value > low
+        below = value <= high if with_high else value < high
+        if not (above and below):  # NaN is neither
+            brackets = "[("[not with_low], "])"[not with_high]
+            raise ValueError(
+                f"{name} must be in {brackets[0]}{low:g}, {high:g}{brackets[1]}, got {value}"
+            )
+    _check_clouds(config)
+    if config.precision == "int8":
+        check_int8(config)
+    if config.data != "digits" and config.data_dir is None:
+        raise ValueError(
+            f"data {config.data!r} is read from files: data_dir must name their folder"
+        )
+    if config.out is not None and config.out.exists() and not config.out.is_dir():
+        raise ValueError(f"out must be a folder, got the file {config.out}")
+
+
+def _check_clouds(config: TrainConfig) -> None:
+    """A network for clouds wants clouds, and what belongs to them nothing else."""
+    clouds, pointnet = config.data in CLOUD_SETS, config.model == "pointnet"
+    if clouds != pointnet:
+        wanted = "clouds (" + ", ".join(CLOUD_SETS) + ")" if pointnet else "images"
+        raise ValueError(f"model {config.model!r} takes {wanted}, got data {config.data!r}")
+    if clouds and config.download:
+        raise ValueError(f"data {config.data!r} is not fetched: data_dir must hold its HDF5 files")
+    if clouds and config.rotate is not None:
+        raise ValueError(f"rotate belongs to images, got {config.rotate} with {config.data!r}")
+    for name in ("points", "augment", "batch_norm"):
+        if not clouds and getattr(config, name) is not None:
+            raise ValueError(
+                f"{name} belongs to pointnet and clouds, got {getattr(config, name)} with "
+                f"{config.model!r}"
+            )
+
+
+@lru_cache(maxsize=1)
+def _all_choices() -> dict[str, tuple[str, ...]]:
+    """By field; once, since reading annotations takes longer than all checks."""
+    hints = typing.get_type_hints(TrainConfig)
+    return {f.name: _choices(hints[f.name]) for f in fields(TrainConfig)}
+
+
+def _choices(hint: Any) -> tuple[str, ...]:
+    """The values of a Literal, alone or in a union."""
+    found: tuple[str, ...] = (
+        typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+    )
+    for part in typing.get_args(hint):
+        found += _choices(part) if typing.get_origin(part) is typing.Literal else ()
+    return found
+
+
+def resolve_tail(config: TrainConfig) -> tuple[str, ...]:
+    """The cut as text: module names, one number, or "all"."""
+    if config.tail is not None:
+        if not config.tail:
+            raise ValueError("tail must name a module, a number of last layers or all, got nothing")
+        return config.tail
+    tail = TAILS[config.model][base_method(config.method)]
+    return (str(tail),) if isinstance(tail, (int, str)) else tuple(tail)
+
+
+def library_tail(tail: tuple[str, ...]) -> list[str] | int | str:
+    """What `ElasticZO` takes: `("2",)` -> 2, `("all",)` -> "all"."""
+    if len(tail) == 1 and tail[0].lstrip("-").isdigit():
+        return int(tail[0])
+    return "all" if tail == ("all",) else list(tail)
+
+
+def _scale(
+    config: TrainConfig, tail: tuple[str, ...], default: dict[str, float]
+) -> dict[str, float]:
+    """Scales of the head. The recipe's patterns that this cut leaves nothing to are dropped; the
+    user's must match."""
+    head = _head(config.model, config.data, config.batch_norm, tail)
+    if config.precision == "int8":
+        head = tuple(name for name in head if name.endswith(".weight"))
+    if config.method.startswith("frozen-"):
+        head = ()
+    given = config.scale if config.scale is not None else default
+    matched = {k: float(v) for k, v in given.items() if fnmatch.filter(head, k)}
+    if config.scale is not None:
+        for pattern, value in given.items():
+            if pattern not in matched:
+                names = ", ".join(head) or "none"
+                raise ValueError(
+                    f"scale must match parameters of the head ({names}), got {pattern!r}"
+                )
+            if not 0.0 <= value < math.inf:
+                raise ValueError(f"scale of {pattern!r} must be in [0, inf), got {value}")
+    return matched
+
+
+@lru_cache
+def _head(
+    model: Model, data: Data, batch_norm: bool | None, tail: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Parameters before the cut: a study asks a thousand times."""
+    with torch.device("meta"):
+        network = build_model(TrainConfig(model=model, data=data, batch_norm=batch_norm))
+    return resolve_cut(network, library_tail(tail)).head_parameters
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of an option: auto, cpu, cuda or cuda:<n>.
+
+    Raises: ValueError for another one, or one that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:<n>, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r}: torch sees {torch.cuda.device_count()} CUDA devices")
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def build_model(config: TrainConfig) -> nn.Module:
+    """A fresh network for the configuration's data, from torch's generator as it stands: for 28x28
+    grey images of ten classes, or for clouds."""
+    model: nn.Module
+    if config.model == "pointnet":
+        classes = 40 if config.data == "modelnet40" else 10
+        model = PointNet(classes, batch_norm=bool(config.batch_norm))
+    else:
+        model = LeNet5() if config.model == "lenet5" else ResNet20(channels=1)
+    if config.init == "orthogonal":
+        for module in model.modules():
+            if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
+                nn.init.orthogonal_(module.weight, gain=math.sqrt(2.0))
+    return model
+
+
+def last_layer(model: nn.Module) -> nn.Linear | nn.Conv2d:
+    """The layer that makes the logits."""
+    return [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))][-1]
+
+
+def check_sizes(config: TrainConfig, data: Samples) -> None:
+    """Raise ValueError where a batch is larger than the training set, or a cloud too small."""
+    kind = "images" if config.points is None else "clouds"
+    if config.batch_size > len(data.train_x):
+        raise ValueError(
+            f"batch_size must be in [1, {len(data.train_x)}] (training {kind}), "
+            f"got {config.batch_size}"
+        )
+    if config.points is not None and config.points > data.train_x.shape[1]:
+        raise ValueError(
+            f"points must be in [1, {data.train_x.shape[1]}] (of a cloud), got {config.points}"
+        )
+
+
+def as_json(config: TrainConfig) -> dict[str, Any]:
+    """Plain values: paths as text, infinity as "inf"."""
+    plain: dict[str, Any] = {}
+    for key, value in asdict(config).items():
+        if isinstance(value, Path):
+            value = str(value)
+        elif isinstance(value, float) and math.isinf(value):
+            value = "inf"
+        plain[key] = list(value) if isinstance(value, tuple) else value
+    return plain
+
+
+def identity(config: TrainConfig) -> dict[str, Any]:
+    """What decides the weights of a run: its resolved configuration without places and reports.
+
+    A field that is None in a resolved configuration means nothing to that run: fields that are
+    added later leave the identity of earlier runs as it was.
+    """
+    decides = as_json(config).items()
+    return {k: v for k, v in decides if v is not None and k not in NOT_IDENTITY}
+
+
+__all__ = [
+    "as_json",
+    "build_model",
+    "check",
+    "check_sizes",
+    "identity",
+    "last_layer",
+    "library_tail",
+    "pick_device",
+    "resolve",
+    "resolve_tail",
+]
