@@ -40,7 +40,7 @@ from experiments.benchmarks.int8_steps import (
     verify,
 )
 from experiments.files import write_json
-from experiments.studies import breakdown
+from experiments.studies import step_times
 from experiments.timing import Timings
 from experiments.train.environment import made_on
 
@@ -146,13 +146,13 @@ def row(batch: int, method: str, timings: Timings) -> dict[str, Any]:
 
 def stages(config: Config, console: Console) -> list[dict[str, Any]]:
     """What a step does: noise, forward, loss, tail backward, update, in both precisions."""
-    given = breakdown.BreakdownConfig(
+    given = step_times.BreakdownConfig(
         batches=config.batches, device="cpu", threads=config.threads, rounds=config.rounds
     )
     found = []
     for batch in config.batches:
-        measured = breakdown.measure(given, batch, console)
-        found += [breakdown.row(name, batch, timings) for name, timings in measured.items()]
+        measured = step_times.measure(given, batch, console)
+        found += [step_times.row(name, batch, timings) for name, timings in measured.items()]
     return found
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from elasticzo import ZOSGD, ElasticZO, pair_losses
 from elasticzo.int8 import ElasticZOInt8, Int8Tensor, Int8ZO, quantize
 from elasticzo.models import LeNet5
-from experiments.studies.memory_model import TAILS
+from experiments.studies.networks import TAILS
 from zo_kernels import perturbed_weights
 
 EPS, LR = 1e-2, 1e-6

@@ -20,10 +20,10 @@ from rich.console import Console
 
 from experiments.commands import RESULTS, plain_console, run_command
 from experiments.files import read_json
-from experiments.paper.cells import Arithmetic, Cell, needs
+from experiments.paper.cells import Cell, needs
 from experiments.paper.plan import Filter, Plan
 from experiments.paper.pool import Pool, Stopped
-from experiments.paper.presets import PRESETS
+from experiments.paper.presets import PRESETS, Arithmetic
 from experiments.paper.progress import Meter
 from experiments.paper.results import command, write
 from experiments.train.config import Data

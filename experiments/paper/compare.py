@@ -9,7 +9,8 @@ from statistics import mean, stdev
 from typing import Any
 
 from experiments.files import read_json
-from experiments.paper.cells import ARITHMETICS, WITH_HEAD
+from experiments.paper.cells import WITH_HEAD
+from experiments.paper.presets import ARITHMETICS
 from experiments.train.recipes import CONTROLS, METHODS
 
 METHOD_TITLES: Mapping[str, str] = {

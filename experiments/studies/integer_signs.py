@@ -26,7 +26,7 @@ from torch import Tensor
 from elasticzo.int8 import Int8Tensor
 from experiments.commands import RESULTS, plain_console, run_command
 from experiments.files import write_json
-from experiments.studies.integer_loss import float_losses, sign_errors, table
+from experiments.studies.signs import float_losses, sign_errors, table
 from experiments.train.config import Method, TrainConfig
 from experiments.train.environment import made_on
 from experiments.train.int8_learner import Int8Learner

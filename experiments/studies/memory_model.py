@@ -24,14 +24,13 @@ from elasticzo import ZOSGD, ElasticZO, pair_losses
 from elasticzo.memory import inference_memory, training_memory
 from experiments.commands import RESULTS, plain_console, run_command, tracked
 from experiments.files import read_json, write_json
-from experiments.studies.plan import NETWORKS, STATE_TENSORS
+from experiments.studies.networks import NETWORKS, STATE_TENSORS, TAILS
 from experiments.studies.study import options
 from experiments.train.environment import made_on, use_threads
 from experiments.train.memory import peak_of
 from experiments.train.resolve import pick_device
 
 COMMAND = "python -m experiments.studies.memory_model"
-TAILS: dict[str, int | str] = {"full-zo": 0, "cls2": 1, "cls1": 2, "full-bp": "all"}
 TOLERANCE = 0.05  # relative to the measured peak
 STEPS = 2  # the first checks the plan, the second is like all others
 
@@ -41,7 +40,7 @@ class GridConfig:
     """Predicted and measured peaks over networks, batches, cuts, pairings and tail optimisers."""
 
     networks: tuple[str, ...] = ("lenet5", "resnet20", "vgg11", "pointnet")
-    """Of experiments.studies.plan."""
+    """Of experiments/studies/networks.py."""
     batches: tuple[int, ...] = (32, 256)
     """Samples a step, >= 1; of clouds an eighth, which have 30 times the memory."""
     optimizers: tuple[str, ...] = ("momentum", "adam")

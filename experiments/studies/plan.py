@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,24 +23,12 @@ from elasticzo.cut import resolve_cut
 from elasticzo.int8 import ElasticZOInt8, quantize
 from elasticzo.int8.memory import int8_inference_memory, int8_training_memory
 from elasticzo.memory import inference_memory
-from elasticzo.models import VGG11, LeNet5, PointNet, ResNet20
 from experiments.commands import plain_console, run_command, tracked
+from experiments.studies.networks import INT8_NETWORKS, NETWORKS, STATE_TENSORS
 from experiments.studies.static_memory import sizes, static_bytes
 from experiments.train.recipes import TAILS
 from experiments.train.resolve import pick_device
 
-# Networks, and what one input looks like.
-NETWORKS: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "lenet5": (LeNet5, (1, 28, 28)),
-    "resnet20": (lambda: ResNet20(channels=1), (1, 28, 28)),
-    "vgg11": (VGG11, (3, 32, 32)),
-    "pointnet": (PointNet, (3, 1024)),
-}
-INT8_NETWORKS: Mapping[str, Callable[[], nn.Module]] = {
-    "lenet5": LeNet5,
-    "pointnet": lambda: PointNet(batch_norm=False),
-}
-STATE_TENSORS = {"sgd": 0, "momentum": 1, "adam": 2}
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 

@@ -23,8 +23,9 @@ pytest.importorskip("matplotlib")
 import zo_kernels
 from elasticzo import optimizer
 from elasticzo.models import VGG11
+from experiments import timing
 from experiments.benchmarks import __main__ as command
-from experiments.benchmarks import contestants, kernels, memory_peak, paths_map, step, timing
+from experiments.benchmarks import contestants, kernels, memory_peak, paths_map, step
 from experiments.benchmarks.cases import Case
 from experiments.benchmarks.models import MeZOLoop, mlp, subjects
 from experiments.benchmarks.section import Bench, Refused, relative_error, require

@@ -14,8 +14,8 @@ import torch
 import elasticzo.passes
 import experiments.train.learner
 from experiments.studies import breakdown, stages
-from experiments.studies.breakdown import BreakdownConfig, learner_of
 from experiments.studies.stages import STAGES, Stopwatch, targets, watched
+from experiments.studies.step_times import BreakdownConfig, learner_of, verify
 
 SMALL = BreakdownConfig(device="cpu", threads=1, rounds=5, batches=(16,))
 
@@ -85,7 +85,7 @@ def test_what_changes_a_step_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(stages, "_telling", other)
     config = replace(SMALL, methods=("cls2",), precisions=("fp32",))
     with pytest.raises(SystemExit, match="cls2, fp32: a watched step leaves other weights"):
-        breakdown.verify(config)
+        verify(config)
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from experiments.studies import integer_signs
-from experiments.studies.integer_loss import Config, float_losses, main, sign_errors, synthetic
+from experiments.studies.integer_loss import Config, main, synthetic
+from experiments.studies.signs import float_losses, sign_errors
 
 
 def test_float_losses_are_torchs() -> None:
