@@ -20,13 +20,10 @@ from experiments.commands import REFUSED, RESULTS, USAGE_ERROR, Interrupted
 from experiments.files import write_json
 from experiments.studies.study import in_own_folder, run_all, without_places
 from experiments.train.config import Method, TrainConfig
-from experiments.train.int8_config import NUMBERS, SCHEDULES
+from experiments.train.fields import FIELDS
 from experiments.train.plots import draw_changes, standard_error
 from experiments.train.resolve import resolve
 
-LIMITS: Mapping[str, tuple[float, float]] = {
-    name: (low, high) for name, low, high, *_ in (*SCHEDULES, *NUMBERS)
-}
 Point = tuple[str, str, int]  # method, change, seed
 
 
@@ -56,11 +53,6 @@ class SweepConfig:
     """Folder of int8_sweep_<data>.json and .png."""
 
 
-def clipped(name: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
-    low, high = LIMITS[name]
-    return tuple(min(max(v, low), high) for v in values)
-
-
 def changes(config: TrainConfig) -> dict[str, dict[str, Any]]:
     """One setting changed at a time; the recipe itself first.
 
@@ -74,25 +66,25 @@ def changes(config: TrainConfig) -> dict[str, dict[str, Any]]:
     if head:
         for factor in (0.5, 2):
             r_max = tuple(round(factor * r) for r in config.r_max)
-            found[f"r_max x {factor:g}"] = {"r_max": clipped("r_max", r_max)}
+            found[f"r_max x {factor:g}"] = {"r_max": FIELDS["r_max"].clipped(r_max)}
             moved = tuple(round(max(0.0, 1.0 - factor * (1.0 - p)), 6) for p in config.p_zero)
             found[f"share x {factor:g}"] = {"p_zero": moved}
         share = 1.0 - sum(config.p_zero) / len(config.p_zero)
         found["share constant"] = {"p_zero": (round(1.0 - share, 6),)}
         for more in (-1, 1):
             bits = tuple(b + more for b in config.b_zo)
-            found[f"b_zo {more:+d}"] = {"b_zo": clipped("b_zo", bits)}
+            found[f"b_zo {more:+d}"] = {"b_zo": FIELDS["b_zo"].clipped(bits)}
         found["no scales"] = {"scale": {}}
     if tail:
         for more in (-1, 1):
             bits = tuple(b + more for b in config.b_bp)
-            found[f"b_bp {more:+d}"] = {"b_bp": clipped("b_bp", bits)}
+            found[f"b_bp {more:+d}"] = {"b_bp": FIELDS["b_bp"].clipped(bits)}
         found["b_bp constant"] = {"b_bp": (round(sum(config.b_bp) / len(config.b_bp)),)}
     if head and tail:
         source = "plus" if config.tail_source == "mean" else "mean"
         found[f"tail from {source}"] = {"tail_source": source}
     for more in (-2, 2):
-        (shift,) = clipped("logit_shift", (config.logit_shift + more,))
+        (shift,) = FIELDS["logit_shift"].clipped((config.logit_shift + more,))
         found[f"logit_shift {more:+d}"] = {"logit_shift": shift}
     return found
 

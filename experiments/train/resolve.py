@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-import typing
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,50 +16,18 @@ from elasticzo.cut import resolve_cut
 from elasticzo.data import CLOUD_SETS
 from elasticzo.models import LeNet5, PointNet, ResNet20
 from experiments.train.config import NOT_IDENTITY, Data, Model, TrainConfig
+from experiments.train.fields import check, fields_of
 from experiments.train.inputs import Samples
-from experiments.train.int8_config import NO_INT8, check_int8, int8_recipe, refuse_int8_fields
-from experiments.train.recipes import BF16_EPS, EPOCHS, POINTS, RECIPES, TAILS, base_method
+from experiments.train.recipes import (
+    BF16_EPS,
+    EPOCHS,
+    INT8_RECIPES,
+    POINTS,
+    RECIPES,
+    TAILS,
+    base_method,
+)
 from zo_kernels import resolve_backend
-
-# (field, lowest, highest, whether the ends are allowed)
-RANGES: tuple[tuple[str, float, float, bool, bool], ...] = (
-    ("queries", 1, 2**24 - 1, True, True),
-    ("eps", 0.0, math.inf, False, False),
-    ("head_lr", 0.0, math.inf, True, False),
-    ("clip", 0.0, math.inf, False, True),
-    ("head_weight_decay", 0.0, math.inf, True, False),
-    ("head_warmup", 0.0, 1.0, True, False),
-    ("tail_lr", 0.0, math.inf, True, False),
-    ("tail_momentum", 0.0, 1.0, True, False),
-    ("tail_weight_decay", 0.0, math.inf, True, False),
-    ("tail_warmup", 0.0, 1.0, True, False),
-    ("step_epochs", 1, math.inf, True, False),
-    ("step_gamma", 0.0, 1.0, False, True),
-    ("batch_size", 1, math.inf, True, False),
-    ("epochs", 1, 2**32 - 1, True, True),
-    ("eval_epochs", 1, math.inf, True, False),
-    ("seed", 0, 2**63 - 1, True, True),
-    ("points", 1, math.inf, True, False),
-    ("train_images", 1, math.inf, True, False),
-    ("hold_out", 0, math.inf, True, False),
-    ("rotate", -360.0, 360.0, True, True),
-    ("threads", 1, math.inf, True, False),
-    ("checkpoint_steps", 1, math.inf, True, False),
-    ("log_steps", 1, math.inf, True, False),
-)
-# Taken from the recipe as they are.
-FROM_RECIPE = (
-    "init",
-    "batch_norm",
-    "noise",
-    "head_lr",
-    "clip",
-    "head_schedule",
-    "head_warmup",
-    "tail_source",
-    "tail_schedule",
-    "tail_warmup",
-)
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
@@ -69,36 +36,40 @@ def resolve(config: TrainConfig) -> TrainConfig:
     Raises: ValueError that says which field expected what, and what came.
     """
     check(config)
-    if config.precision == "int8":
-        return _resolve_int8(config)
-    refuse_int8_fields(config)
-    recipe = RECIPES[config.model][config.method]
-    tail = resolve_tail(config)
-    device = pick_device(config.device)
-    optimizer = config.tail_optimizer or recipe.tail_optimizer
+    tail, device = resolve_tail(config), pick_device(config.device)
+    defaults = _integers(config) if config.precision == "int8" else _floats(config)
+    scale = defaults.pop("scale")
+    defaults |= _places(config, device)
+    config = replace(config, **{k: v for k, v in defaults.items() if getattr(config, k) is None})
+    backend: Any = resolve_backend(config.backend, device)
+    scale = _scale(config, tail, scale)
+    return replace(config, tail=tail, scale=scale, device=str(device), backend=backend)
+
+
+def _floats(config: TrainConfig) -> dict[str, Any]:
+    """The defaults of a method, fp32 or bf16."""
+    recipe = asdict(RECIPES[config.model][config.method])
+    optimizer = config.tail_optimizer or recipe["tail_optimizer"]
     if optimizer != "sgd" and config.tail_momentum:
         raise ValueError(
             f"tail_momentum belongs to tail_optimizer 'sgd', got {config.tail_momentum} with "
             f"{optimizer!r}"
         )
-    filled: dict[str, Any] = {
-        **{name: getattr(recipe, name) for name in FROM_RECIPE},
-        "eps": max(recipe.eps, BF16_EPS) if config.precision == "bf16" else recipe.eps,
-        "tail_lr": recipe.tail_lr[optimizer],
+    return {
+        **recipe,
+        "eps": max(recipe["eps"], BF16_EPS) if config.precision == "bf16" else recipe["eps"],
+        "tail_lr": recipe["tail_lr"][optimizer],
         "tail_momentum": 0.9 if optimizer == "sgd" else 0.0,
-        **NO_INT8,
-        **_places(config, device),
+        **{name: field.nothing for name, field in fields_of("int8").items()},
     }
-    missing = {k: v for k, v in filled.items() if getattr(config, k) is None and k != "scale"}
-    config = replace(config, **missing)
-    filled = {
-        "tail": tail,
-        "scale": _scale(config, tail, dict(recipe.scale)),
-        "tail_optimizer": optimizer,
-        "device": str(device),
-        "backend": resolve_backend(config.backend, device),
-    }
-    return replace(config, **filled)
+
+
+def _integers(config: TrainConfig) -> dict[str, Any]:
+    """The defaults of a method, int8."""
+    recipe = asdict(INT8_RECIPES[config.model][config.method])
+    if config.start_from is not None:
+        recipe["logit_shift"] = 0  # trained logits have their size
+    return {**recipe, "batch_norm": False if config.model == "pointnet" else None}
 
 
 def _places(config: TrainConfig, device: torch.device) -> dict[str, Any]:
@@ -112,87 +83,6 @@ def _places(config: TrainConfig, device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "out": Path("runs") / (f"{name}-int8" if config.precision == "int8" else name),
     }
-
-
-def _resolve_int8(config: TrainConfig) -> TrainConfig:
-    device, tail = pick_device(config.device), resolve_tail(config)
-    recipe = int8_recipe(config)
-    if config.start_from is not None:
-        recipe["logit_shift"] = 0  # trained logits have their size
-    filled = {**recipe, **_places(config, device)}
-    filled["batch_norm"] = False if config.model == "pointnet" else None
-    missing = {k: v for k, v in filled.items() if getattr(config, k) is None and k != "scale"}
-    config = replace(config, **missing)
-    filled = {
-        "tail": tail,
-        "scale": _scale(config, tail, recipe["scale"]),
-        "device": str(device),
-        "backend": resolve_backend(config.backend, device),
-    }
-    return replace(config, **filled)
-
-
-def check(config: TrainConfig) -> None:
-    """Raise ValueError for a value out of its range."""
-    for name, choices in _all_choices().items():
-        value = getattr(config, name)
-        if choices and value is not None and value not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-    for name, low, high, with_low, with_high in RANGES:
-        value = getattr(config, name)
-        if value is None:
-            continue
-        above = value >= low if with_low else value > low
-        below = value <= high if with_high else value < high
-        if not (above and below):  # NaN is neither
-            brackets = "[("[not with_low], "])"[not with_high]
-            raise ValueError(
-                f"{name} must be in {brackets[0]}{low:g}, {high:g}{brackets[1]}, got {value}"
-            )
-    _check_clouds(config)
-    if config.precision == "int8":
-        check_int8(config)
-    if config.data != "digits" and config.data_dir is None:
-        raise ValueError(
-            f"data {config.data!r} is read from files: data_dir must name their folder"
-        )
-    if config.out is not None and config.out.exists() and not config.out.is_dir():
-        raise ValueError(f"out must be a folder, got the file {config.out}")
-
-
-def _check_clouds(config: TrainConfig) -> None:
-    """A network for clouds wants clouds, and what belongs to them nothing else."""
-    clouds, pointnet = config.data in CLOUD_SETS, config.model == "pointnet"
-    if clouds != pointnet:
-        wanted = "clouds (" + ", ".join(CLOUD_SETS) + ")" if pointnet else "images"
-        raise ValueError(f"model {config.model!r} takes {wanted}, got data {config.data!r}")
-    if clouds and config.download:
-        raise ValueError(f"data {config.data!r} is not fetched: data_dir must hold its HDF5 files")
-    if clouds and config.rotate is not None:
-        raise ValueError(f"rotate belongs to images, got {config.rotate} with {config.data!r}")
-    for name in ("points", "augment", "batch_norm"):
-        if not clouds and getattr(config, name) is not None:
-            raise ValueError(
-                f"{name} belongs to pointnet and clouds, got {getattr(config, name)} with "
-                f"{config.model!r}"
-            )
-
-
-@lru_cache(maxsize=1)
-def _all_choices() -> dict[str, tuple[str, ...]]:
-    """By field; once, since reading annotations takes longer than all checks."""
-    hints = typing.get_type_hints(TrainConfig)
-    return {f.name: _choices(hints[f.name]) for f in fields(TrainConfig)}
-
-
-def _choices(hint: Any) -> tuple[str, ...]:
-    """The values of a Literal, alone or in a union."""
-    found: tuple[str, ...] = (
-        typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
-    )
-    for part in typing.get_args(hint):
-        found += _choices(part) if typing.get_origin(part) is typing.Literal else ()
-    return found
 
 
 def resolve_tail(config: TrainConfig) -> tuple[str, ...]:
@@ -324,7 +214,6 @@ def identity(config: TrainConfig) -> dict[str, Any]:
 __all__ = [
     "as_json",
     "build_model",
-    "check",
     "check_sizes",
     "identity",
     "last_layer",

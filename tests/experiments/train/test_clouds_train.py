@@ -16,9 +16,9 @@ from elasticzo.data import augment_clouds
 from experiments.commands import Interrupted
 from experiments.train.__main__ import main
 from experiments.train.config import TrainConfig
+from experiments.train.fields import fields_of
 from experiments.train.folder import CHECKPOINT, TRAJECTORY
 from experiments.train.inputs import float_inputs, int8_inputs
-from experiments.train.int8_config import FLOAT_ONLY
 from experiments.train.int8_learner import Int8Learner
 from experiments.train.learner import Learner, load_data
 from experiments.train.recipes import METHODS
@@ -74,7 +74,7 @@ def test_images_have_no_settings_of_clouds(start: Start, field: str) -> None:
 def test_every_default_is_decided(clouds: TrainConfig, method: Any, precision: Any) -> None:
     config = resolve(replace(clouds, method=method, precision=precision, points=None))
     open_fields = {f.name for f in fields(config) if getattr(config, f.name) is None}
-    floats = {name for name in FLOAT_ONLY if getattr(TrainConfig(), name) is None}
+    floats = {name for name in fields_of("float") if getattr(TrainConfig(), name) is None}
     given = {"train_images", "rotate", "start_from"}
     assert open_fields == given | (floats if precision == "int8" else set())
     assert resolve(config) == config

@@ -16,9 +16,9 @@ from elasticzo.int8 import replay_int8
 from experiments.commands import Interrupted
 from experiments.train.__main__ import main
 from experiments.train.config import TrainConfig
+from experiments.train.fields import fields_of
 from experiments.train.folder import CHECKPOINT, METRICS, TRAJECTORY
 from experiments.train.inputs import Int8Images
-from experiments.train.int8_config import FLOAT_ONLY
 from experiments.train.int8_learner import Int8Learner, build_int8_network
 from experiments.train.learner import load_data
 from experiments.train.recipes import METHODS
@@ -56,7 +56,7 @@ def test_refuses_before_it_writes(
 def test_every_default_is_decided(method: Any) -> None:
     config = resolve(TrainConfig(method=method, precision="int8", device="cpu"))
     open_fields = {f.name for f in fields(config) if getattr(config, f.name) is None}
-    floats = {name for name in FLOAT_ONLY if getattr(TrainConfig(), name) is None}
+    floats = {name for name in fields_of("float") if getattr(TrainConfig(), name) is None}
     given = {"data_dir", "train_images", "rotate", "start_from", *OF_CLOUDS}
     assert open_fields == given | floats
     assert resolve(config) == config
