@@ -23,8 +23,8 @@ from experiments.files import write_json
 from experiments.train.config import Method, TrainConfig
 from experiments.train.environment import hardware, made_on
 from experiments.train.folder import METRICS, read_metrics
-from experiments.train.learner import build_network
 from experiments.train.memory import measure_step
+from experiments.train.network import build_network
 from experiments.train.plots import draw_accuracies
 from experiments.train.report import ConsoleReporter
 from experiments.train.resolve import resolve

@@ -18,9 +18,10 @@ from experiments.estimator.probe import Probe, stats
 from experiments.estimator.settings import EstimatorConfig, Sizes, sizes_of
 from experiments.studies.study import in_own_folder, run_all
 from experiments.train.config import Method, TrainConfig
+from experiments.train.data import load_data
 from experiments.train.folder import CHECKPOINT, METRICS, read_metrics
-from experiments.train.learner import Learner, load_data
-from experiments.train.resolve import library_tail
+from experiments.train.learner import FloatLearner
+from experiments.train.network import library_tail
 
 COMMAND = "python -m experiments.estimator"
 STATES = ("untrained", "trained")
@@ -103,18 +104,18 @@ class Bench:
         steps = self.sizes.train_images // self.sizes.batch * self.sizes.epochs
         return settings * self.config.seeds * steps * 2 * queries
 
-    def learner(self, method: Method, state: str) -> Learner:
+    def learner(self, method: Method, state: str) -> FloatLearner:
         """What a run of seed 0 learns with, "untrained" or after the short run ("trained")."""
         run = self.short(method)
         if state == "trained":
             run_all({method: run}, COMMAND, Console(quiet=True), self.progress)
-        learner = Learner(run, load_data(run))
+        learner = FloatLearner(run, load_data(run))
         if state == "trained":
             assert isinstance(run.out, Path)
             learner.load(load_checkpoint(run.out / CHECKPOINT))
         return learner
 
-    def probe(self, learner: Learner) -> Probe:
+    def probe(self, learner: FloatLearner) -> Probe:
         """Its network and the first batch of the next epoch's order."""
         config = learner.config
         assert config.tail is not None
@@ -125,12 +126,12 @@ class Bench:
         return Probe(net, library_tail(config.tail), x, y, cross_entropy)
 
 
-def batch(learner: Learner, number: int) -> tuple[Tensor, Tensor]:
+def batch(learner: FloatLearner, number: int) -> tuple[Tensor, Tensor]:
     """A batch of the run's order, counted from the learner's present step."""
     return learner.inputs.train(learner.step_index + number)
 
 
-def variants(learner: Learner) -> dict[str, dict[str, Any]]:
+def variants(learner: FloatLearner) -> dict[str, dict[str, Any]]:
     """Perturbations to compare: the recipe's, its eps without scales, and a small eps."""
     config = learner.config
     assert config.scale is not None

@@ -15,7 +15,7 @@ from elasticzo.losses import select_source
 from experiments.estimator.bench import STATES, Bench, Result, batch
 from experiments.estimator.probe import along, gradient_of, stats
 from experiments.train.config import Method
-from experiments.train.learner import Learner
+from experiments.train.learner import FloatLearner
 
 METHODS: tuple[Method, ...] = ("cls2", "cls1")
 SOURCES = ("plus", "minus", "mean", "clean")
@@ -45,7 +45,7 @@ def run(bench: Bench) -> Result:
     }
 
 
-def compared(bench: Bench, learner: Learner) -> list[Result]:
+def compared(bench: Bench, learner: FloatLearner) -> list[Result]:
     """Cosines and relative errors of each source over batches, a new z each."""
     model, names = learner.model, [n for n, _ in learner.model.named_tail_parameters()]
     zo = ZOSGD(model, lr=0.0)

@@ -27,8 +27,8 @@ from experiments.paper.presets import PRESETS, Arithmetic
 from experiments.paper.progress import Meter
 from experiments.paper.results import command, write
 from experiments.train.config import Data
+from experiments.train.data import load_data
 from experiments.train.folder import RESULT
-from experiments.train.learner import load_data
 
 WRITE_EVERY = 60.0  # seconds between two writings of the results
 

@@ -24,10 +24,11 @@ from experiments.files import write_json
 from experiments.studies.study import in_own_folder, made_by, run_all, without_places
 from experiments.timing import Timings, measure
 from experiments.train.config import Data, Method, Model, TrainConfig
-from experiments.train.learner import Learner, load_data
+from experiments.train.data import load_data
+from experiments.train.learner import FloatLearner
 from experiments.train.memory import measure_step
+from experiments.train.network import build_model
 from experiments.train.plots import draw_elastic
-from experiments.train.resolve import build_model
 
 Key = tuple[int, int]  # cut, seed
 COMMAND = "python -m experiments.studies.elastic"
@@ -111,7 +112,7 @@ def configurations(study: ElasticConfig) -> dict[Key, TrainConfig]:
 
 def memory_of(config: TrainConfig) -> dict[str, Any]:
     """Measured and predicted peak of a training step, and the predicted one of a plain pass."""
-    learner = Learner(config, load_data(config))
+    learner = FloatLearner(config, load_data(config))
     momentum = config.tail_optimizer == "sgd"
     x, _ = learner.inputs.train(0)
     predicted = training_memory(learner.model, x, state_tensors=1 if momentum else 2).peak
@@ -129,9 +130,9 @@ def memory_of(config: TrainConfig) -> dict[str, Any]:
 def times_of(configs: Mapping[int, TrainConfig], seconds: float, least: int = 5) -> Timings:
     """Seconds of a step of every cut, in turn."""
     data = load_data(next(iter(configs.values())))
-    learners = {str(cut): Learner(config, data) for cut, config in configs.items()}
+    learners = {str(cut): FloatLearner(config, data) for cut, config in configs.items()}
 
-    def step(learner: Learner, i: int) -> None:
+    def step(learner: FloatLearner, i: int) -> None:
         learner.step_index %= learner.steps  # rates and order of the run go round
         learner.step()
 
@@ -151,7 +152,7 @@ def points_of(
     times = times_of(configs, study.seconds, 1 if study.reduced else 5)
     points = []
     for cut in tracked(list(configs), "memory", console):
-        learner = Learner(configs[cut], load_data(configs[cut]))
+        learner = FloatLearner(configs[cut], load_data(configs[cut]))
         points.append(
             {
                 "cut": cut,
@@ -195,7 +196,7 @@ def write_results(
     """The JSON and the picture; the path without its ending."""
     first = next(iter(runs.values()))
     path = study.results / f"elastic_{first.data.replace('-', '_')}_{study.model}"
-    learner = Learner(first, load_data(first))
+    learner = FloatLearner(first, load_data(first))
     plain = inference_memory(learner.model, learner.inputs.train(0)[0])
     summary = {
         "command": command(study, first.data),

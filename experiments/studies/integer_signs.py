@@ -28,9 +28,9 @@ from experiments.commands import RESULTS, plain_console, run_command
 from experiments.files import write_json
 from experiments.studies.signs import float_losses, sign_errors, table
 from experiments.train.config import Method, TrainConfig
+from experiments.train.data import load_data
 from experiments.train.environment import made_on
-from experiments.train.int8_learner import Int8Learner
-from experiments.train.learner import load_data
+from experiments.train.learner import Int8Learner
 from experiments.train.resolve import resolve
 from zo_kernels import integer_cross_entropy
 

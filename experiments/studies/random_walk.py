@@ -24,9 +24,9 @@ from experiments.commands import RESULTS, plain_console, run_command, tracked
 from experiments.files import write_json
 from experiments.studies.study import options, without_places
 from experiments.train.config import Data, Model, TrainConfig
+from experiments.train.data import Samples, load_data
 from experiments.train.environment import made_on, use_threads
-from experiments.train.inputs import Samples
-from experiments.train.learner import Learner, load_data
+from experiments.train.learner import FloatLearner
 from experiments.train.recipes import CONTROLS
 from experiments.train.resolve import pick_device, resolve
 
@@ -64,7 +64,7 @@ class WalkConfig:
     """Folder of random_walk_<data>_<method>.json."""
 
 
-class Walker(Learner):
+class Walker(FloatLearner):
     """A learner whose head does not descend: the sign of each projected gradient is random."""
 
     def __init__(self, config: TrainConfig, data: Samples) -> None:
@@ -105,7 +105,7 @@ def measure(study: WalkConfig, bar: Bar) -> dict[str, Any]:
     for head in HEADS:
         tests = []
         for seed in range(study.seeds):
-            kind = Walker if head == "walks" else Learner
+            kind = Walker if head == "walks" else FloatLearner
             learner = kind(replace(configs[head], seed=seed), data)
             for _ in bar(f"{head}, seed {seed}", learner.steps):
                 learner.step()

@@ -22,8 +22,7 @@ import torch
 
 import elasticzo.passes
 import experiments.train.learner
-from experiments.train.int8_learner import Int8Learner
-from experiments.train.learner import Learner
+from experiments.train.learner import Int8Learner, Learner
 
 STAGES = ("noise", "forward", "loss", "tail backward", "update", "other")
 # holder, attribute, stage, and whether a call counts
@@ -103,7 +102,7 @@ class Stopwatch:
         return found
 
 
-def targets(learner: Learner | Int8Learner) -> list[Target]:
+def targets(learner: Learner) -> list[Target]:
     """What is taken over for a learner."""
     model = learner.model
     found: list[Target] = []
@@ -128,7 +127,7 @@ def targets(learner: Learner | Int8Learner) -> list[Target]:
 
 
 @contextmanager
-def watched(learner: Learner | Int8Learner, watch: Stopwatch) -> Iterator[None]:
+def watched(learner: Learner, watch: Stopwatch) -> Iterator[None]:
     """The learner's steps tell `watch` which stage runs; everything is put back afterwards."""
     before: list[tuple[Any, str, Any, bool]] = []
     try:

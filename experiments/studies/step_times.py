@@ -16,8 +16,8 @@ from experiments.commands import RESULTS
 from experiments.studies.stages import STAGES, Stopwatch, watched
 from experiments.timing import Timings
 from experiments.train.config import Method, TrainConfig
-from experiments.train.int8_learner import Int8Learner
-from experiments.train.learner import Learner, load_data
+from experiments.train.data import load_data
+from experiments.train.learner import Learner, learner_for
 from experiments.train.resolve import resolve
 
 METHODS: tuple[Method, ...] = ("full-zo", "cls2", "cls1", "full-bp")
@@ -44,9 +44,7 @@ class BreakdownConfig:
     """Folder of breakdown_<device>.json and .png."""
 
 
-def learner_of(
-    config: BreakdownConfig, method: Method, precision: str, batch: int
-) -> Learner | Int8Learner:
+def learner_of(config: BreakdownConfig, method: Method, precision: str, batch: int) -> Learner:
     """A fresh run of the recipe that is long enough."""
     given = TrainConfig(
         method=method,
@@ -58,8 +56,7 @@ def learner_of(
         threads=config.threads,
     )
     made = resolve(given)
-    kind = Int8Learner if precision == "int8" else Learner
-    return kind(made, load_data(made))
+    return learner_for(made, load_data(made))
 
 
 def verify(config: BreakdownConfig) -> None:
@@ -77,7 +74,7 @@ def verify(config: BreakdownConfig) -> None:
                 raise SystemExit(f"{method}, {precision}: a watched step leaves other weights")
 
 
-def plain_time(learner: Learner | Int8Learner) -> float:
+def plain_time(learner: Learner) -> float:
     """Seconds of a step that nobody watches, by the same clock."""
     watch = Stopwatch(learner.device)
     return sum(watch.time(learner.step).values())

@@ -19,7 +19,8 @@ from experiments.commands import REFUSED, RESULTS, USAGE_ERROR, Interrupted
 from experiments.files import write_json
 from experiments.studies.study import in_own_folder, run_all, without_places
 from experiments.train.config import Method, TrainConfig
-from experiments.train.learner import Learner, load_data
+from experiments.train.data import load_data
+from experiments.train.learner import FloatLearner
 from experiments.train.plots import Grid, draw_grids
 from experiments.train.resolve import resolve
 
@@ -92,7 +93,7 @@ def configurations(sweep: SweepConfig) -> dict[Point, TrainConfig]:
 
 def untrained_loss(config: TrainConfig) -> float:
     """Held-out loss before the first step."""
-    return Learner(config, load_data(config)).evaluate()[1]
+    return FloatLearner(config, load_data(config)).evaluate()[1]
 
 
 def diverged(result: Mapping[str, Any], untrained: float) -> bool:

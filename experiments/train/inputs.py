@@ -17,8 +17,8 @@ from torch import Tensor
 from elasticzo.data import CloudData, ImageData, augment_clouds, epoch_order
 from elasticzo.int8 import Int8Tensor, quantize
 from experiments.train.config import TrainConfig
+from experiments.train.data import Samples
 
-Samples = ImageData | CloudData
 X = TypeVar("X")
 
 TEST_BATCH = 1000
@@ -174,7 +174,6 @@ __all__ = [
     "Inputs",
     "Int8Clouds",
     "Int8Images",
-    "Samples",
     "float_inputs",
     "int8_inputs",
 ]

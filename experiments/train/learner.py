@@ -1,11 +1,16 @@
-"""Model, optimisers and data of one run: a step, a test, and the state between two steps."""
+"""What a run learns with: model, optimisers and data; a step, a test, the state between two steps.
+
+Floats and integers differ in how a batch is learnt, in what plays the learning rates, and in what
+is counted between two lines of the log.
+"""
 
 from __future__ import annotations
 
+import math
 import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +19,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from elasticzo import ZOSGD, ElasticZO, TrajectoryLog, pair_losses
-from elasticzo.cut import resolve_cut
-from elasticzo.data import (
-    CLOUD_SETS,
-    CloudData,
-    load_clouds,
-    load_images,
-    rotate_images,
-    shuffled,
-)
+from elasticzo.int8 import ElasticZOInt8, Int8Tail, Int8Tensor, Int8TrajectoryLog, Int8ZO
 from experiments.train.config import TrainConfig
-from experiments.train.inputs import Samples, float_inputs
-from experiments.train.resolve import build_model, check_sizes, library_tail
+from experiments.train.data import Samples
+from experiments.train.inputs import Inputs, float_inputs, int8_inputs
+from experiments.train.network import build_int8_network, build_network
 from experiments.train.schedules import factor
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
@@ -33,98 +31,146 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
 }
-HOLD_OUT_SEED = 0  # every run of every seed keeps the same samples out
 
 
-@lru_cache(maxsize=4)
-def _read(name: str, folder: Path | None, download: bool, rotate: float | None) -> Samples:
-    """A few data sets stay in memory: a study reads and turns them once."""
-    if name in CLOUD_SETS:
-        assert folder is not None
-        return load_clouds(name, folder)
-    if rotate is None:
-        return load_images(name, folder, download)
-    data = _read(name, folder, download, None)
-    train_x, test_x = rotate_images(data.train_x, rotate), rotate_images(data.test_x, rotate)
-    return replace(data, train_x=train_x, test_x=test_x)
+class Learner(ABC):
+    """What both arithmetics share.
+
+    Attributes:
+        counted: tensors of a step and since the last line of the log, named as a checkpoint has
+            them.
+    """
+
+    model: ElasticZO | ElasticZOInt8
+    zo: ZOSGD | Int8ZO
+    tail: torch.optim.Optimizer | Int8Tail | None
+    counted: dict[str, Tensor]
+
+    def __init__(self, config: TrainConfig, inputs: Inputs[Any]) -> None:
+        assert config.epochs is not None
+        self.config, self.inputs = config, inputs
+        self.device = torch.device(config.device)
+        self.steps_per_epoch = inputs.steps_per_epoch
+        self.steps = self.steps_per_epoch * config.epochs
+        self.step_index = 0
+
+    def step(self) -> None:
+        """One batch: head and tail move, and nothing waits for the device."""
+        self.follow_schedule()
+        self.learn(*self.inputs.train(self.step_index))
+        self.step_index += 1
+
+    @abstractmethod
+    def follow_schedule(self) -> None:
+        """Set what the present step wants of the optimisers."""
+
+    @abstractmethod
+    def learn(self, x: Any, y: Tensor) -> None: ...
+
+    @abstractmethod
+    def rates(self) -> tuple[float, float]:
+        """What head and tail learn with at the present step."""
+
+    def forward(self, x: Any) -> Any:
+        """The model on a batch, in the precision of the run."""
+        return self.model(x)
+
+    @torch.no_grad()
+    def evaluate(self) -> tuple[float, float]:
+        """Accuracy in % and mean loss on the test set."""
+        self.model.eval()
+        right = torch.zeros((), dtype=torch.int64, device=self.device)
+        whole = torch.zeros((), dtype=torch.float64, device=self.device)
+        for x, y in self.inputs.tests():
+            logits, loss = self.test(x, y)
+            right += (logits.argmax(1) == y).sum()
+            whole += loss
+        self.model.train()
+        count = len(self.inputs.test_y)
+        return self.percent(int(right), count), float(whole) / count
+
+    @abstractmethod
+    def test(self, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits, and the sum of the losses."""
+
+    def percent(self, right: int, count: int) -> float:
+        return 100.0 * (right / count)
+
+    @property
+    @abstractmethod
+    def losses(self) -> Tensor:
+        """Of the last step."""
+
+    @abstractmethod
+    def read(self) -> dict[str, Any]:
+        """Loss since the last call, the last losses and what they said. Reads the device."""
+
+    @property
+    def skipped(self) -> int:
+        """Steps skipped for losses that were not finite."""
+        return 0
+
+    @abstractmethod
+    def trajectory(self, path: Path) -> TrajectoryLog | Int8TrajectoryLog:
+        """The log of this run, begun or gone on with."""
+
+    def probe(self) -> None:
+        """One training forward that changes nothing: what a model refuses, it refuses now."""
+        state = self.state()
+        self.forward(self.inputs.train(self.step_index)[0])
+        self.load(state)
+
+    # ---- state
+
+    def state(self) -> dict[str, Any]:
+        """All that the next step depends on; schedules and data order follow from the step."""
+        epoch, place = divmod(self.step_index, self.steps_per_epoch)
+        return {
+            "step": self.step_index,
+            "epoch": epoch,
+            "place": place,
+            "model": {k: v.clone() for k, v in self.model.state_dict().items()},
+            "zo": self.zo.state_dict(),
+            "tail": self.tail.state_dict() if self.tail is not None else None,
+            **{name: t.clone() for name, t in self.counted.items()},
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a state of the same configuration."""
+        self.model.load_state_dict(state["model"])
+        self.zo.load_state_dict(state["zo"])
+        if self.tail is not None:
+            self.tail.load_state_dict(state["tail"])
+        for name, t in self.counted.items():
+            t.copy_(torch.as_tensor(state[name]))
+        self.step_index = int(state["step"])
 
 
-def load_data(config: TrainConfig) -> Samples:
-    """The data set of a run on its device (images uint8), split as configured."""
-    data = _read(config.data, config.data_dir, config.download, config.rotate)
-    if config.hold_out:
-        data = data.hold_out(config.hold_out, HOLD_OUT_SEED)
-    if config.train_images is not None:
-        if config.train_images > len(data.train_x):
-            raise ValueError(
-                f"train_images must be in [1, {len(data.train_x)}], got {config.train_images}"
-            )
-        data = _first(data, config.train_images)
-    check_sizes(config, data)
-    parts = ("train_x", "train_y", "test_x", "test_y")
-    return replace(data, **{k: getattr(data, k).to(config.device) for k in parts})
-
-
-def _first(data: Samples, count: int) -> Samples:
-    """The first training images; of clouds, whose files may be sorted by class, a fixed pick."""
-    keep = torch.arange(count)
-    if isinstance(data, CloudData):
-        keep = torch.from_numpy(shuffled(len(data.train_x), HOLD_OUT_SEED))[:count]
-    return replace(data, train_x=data.train_x[keep], train_y=data.train_y[keep])
-
-
-def build_network(config: TrainConfig) -> ElasticZO:
-    """The wrapped network of a resolved configuration, with weights that its seed decides."""
-    torch.manual_seed(config.seed)
-    assert config.tail is not None
-    assert config.eps is not None and config.noise is not None
-    net = build_model(config)
-    tail = library_tail(config.tail)
-    if config.method.startswith("frozen-"):
-        frozen = resolve_cut(net, tail).head_parameters
-        for name, p in net.named_parameters():
-            if name in frozen:
-                p.requires_grad_(False)
-        tail = "all"  # one pass: there is nothing to perturb
-    return ElasticZO(
-        net.to(config.device),
-        tail,
-        eps=config.eps,
-        noise=config.noise,
-        queries=config.queries,
-        seed=config.seed,
-        pairing=config.pairing,
-        backend=config.backend,
-        scale=config.scale,
-    )
-
-
-class Learner:
-    """What a run learns with.
+class FloatLearner(Learner):
+    """Floats: what is counted is the sum of the mean losses, and how many were finite.
 
     Args:
-        config: resolved.
+        config: resolved, of precision fp32 or bf16.
         data: of `load_data`.
     """
 
+    model: ElasticZO
+    zo: ZOSGD
+    tail: torch.optim.Optimizer | None
+
     def __init__(self, config: TrainConfig, data: Samples) -> None:
-        assert config.head_lr is not None and config.tail_lr is not None
-        assert config.epochs is not None
-        self.config = config
-        self.inputs = float_inputs(config, data)
-        self.device = torch.device(config.device)
+        super().__init__(config, float_inputs(config, data))
+        assert config.head_lr is not None
         self.model = build_network(config)
-        clip = config.clip if config.clip != float("inf") else None
+        clip = config.clip if config.clip != math.inf else None
         self.zo = ZOSGD(
             self.model, config.head_lr, clip=clip, weight_decay=config.head_weight_decay
         )
         self.tail = self._tail_optimizer()
-        self.steps_per_epoch = self.inputs.steps_per_epoch
-        self.steps = self.steps_per_epoch * config.epochs
-        self.step_index = 0
-        self.losses = torch.zeros(self.model.halves, device=self.device)
-        # Sum of the mean losses since the last line of the log, and how many were finite.
-        self.sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self.counted = {
+            "losses": torch.zeros(self.model.halves, device=self.device),
+            "sums": torch.zeros(2, dtype=torch.float64, device=self.device),
+        }
 
     def _tail_optimizer(self) -> torch.optim.Optimizer | None:
         if not any(True for _ in self.model.tail_parameters()):
@@ -136,12 +182,16 @@ class Learner:
             settings["momentum"] = config.tail_momentum
         return self.model.tail_optimizer(OPTIMIZERS[config.tail_optimizer], **settings)
 
-    # ---- the step
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.config.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
-    def step(self) -> None:
-        """One batch: head and tail move, and nothing waits for the device."""
-        self._set_rates()
-        x, y = self.inputs.train(self.step_index)
+    def forward(self, x: Tensor) -> Any:
+        with self._autocast():
+            return self.model(x)
+
+    def learn(self, x: Tensor, y: Tensor) -> None:
         with self._autocast():
             losses = pair_losses(cross_entropy, self.model(x), y)
         self.model.backward(losses, self._tail_source(x, y))
@@ -149,11 +199,10 @@ class Learner:
             self.tail.step()
             self.tail.zero_grad()
         self.zo.step(self.head_losses(losses))
-        self.losses = losses.detach()
+        self.counted["losses"] = losses.detach()
         mean = self.losses.mean(dtype=torch.float64)
         finite = torch.isfinite(mean)
-        self.sums += torch.stack([torch.where(finite, mean, 0.0), finite.to(torch.float64)])
-        self.step_index += 1
+        self.counted["sums"] += torch.stack([torch.where(finite, mean, 0.0), finite.double()])
 
     def _tail_source(self, x: Tensor, y: Tensor) -> str | Tensor:
         """What `model.backward` takes; the third pass is left out where it would feed nothing, or
@@ -170,7 +219,7 @@ class Learner:
         return losses
 
     def rates(self) -> tuple[float, float]:
-        """Learning rates of head and tail at the present step."""
+        """Learning rates."""
         c = self.config
         return (
             self._rate(c.head_lr, c.head_schedule, c.head_warmup),
@@ -183,38 +232,25 @@ class Learner:
         steps = int(warmup * self.steps)
         return lr * factor(kind, self.step_index, self.steps, steps, drop, self.config.step_gamma)
 
-    def _set_rates(self) -> None:
+    def follow_schedule(self) -> None:
         head, tail = self.rates()
         for group in self.zo.param_groups:
             group["lr"] = head
         for group in self.tail.param_groups if self.tail is not None else []:
             group["lr"] = tail
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.config.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+    def test(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        with self._autocast():
+            logits = self.model(x)
+            return logits, cross_entropy(logits, y, reduction="sum")
 
-    # ---- what came of it
-
-    @torch.no_grad()
-    def evaluate(self) -> tuple[float, float]:
-        """Accuracy in % and mean loss on the test set."""
-        self.model.eval()
-        found = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for x, y in self.inputs.tests():
-            with self._autocast():
-                logits = self.model(x)
-                loss = cross_entropy(logits, y, reduction="sum")
-            found += torch.stack([(logits.argmax(1) == y).sum(), loss]).double()
-        self.model.train()
-        right, loss_sum = (found / len(self.inputs.test_y)).tolist()
-        return 100.0 * right, loss_sum
+    @property
+    def losses(self) -> Tensor:
+        return self.counted["losses"]
 
     def read(self) -> dict[str, Any]:
-        """Loss since the last call, the last losses and projected gradients. Reads the device."""
-        total, count = self.sums.tolist()
-        self.sums.zero_()
+        total, count = self.counted["sums"].tolist()
+        self.counted["sums"].zero_()
         return {
             "loss": total / count if count else None,
             "losses": self.losses.tolist(),
@@ -224,47 +260,106 @@ class Learner:
 
     @property
     def skipped(self) -> int:
-        """Steps skipped for losses that were not finite; the report says it, not a warning."""
+        """The report says it, not a warning."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return self.zo.skipped
 
     def trajectory(self, path: Path) -> TrajectoryLog:
-        """The log of this run, begun or gone on with."""
         return TrajectoryLog(path, self.zo, resume=True)
 
-    def probe(self) -> None:
-        """One training forward that changes nothing: what a model refuses, it refuses now."""
-        state = self.state()
-        with self._autocast():
-            self.model(self.inputs.train(self.step_index)[0])
-        self.load(state)
 
-    # ---- state
+class Int8Learner(Learner):
+    """Integers: what is counted are the sum of the losses, signs of 0, and steps.
 
-    def state(self) -> dict[str, Any]:
-        """All that the next step depends on; rates and data order follow from the step."""
-        epoch, place = divmod(self.step_index, self.steps_per_epoch)
-        return {
-            "step": self.step_index,
-            "epoch": epoch,
-            "place": place,
-            "model": {k: v.clone() for k, v in self.model.state_dict().items()},
-            "zo": self.zo.state_dict(),
-            "tail": self.tail.state_dict() if self.tail is not None else None,
-            "losses": self.losses.clone(),
-            "sums": self.sums.clone(),
+    Args:
+        config: resolved, of precision int8.
+        data: of `load_data`.
+    """
+
+    model: ElasticZOInt8
+    zo: Int8ZO
+    tail: Int8Tail
+
+    def __init__(self, config: TrainConfig, data: Samples) -> None:
+        super().__init__(config, int8_inputs(config, data))
+        assert config.b_zo and config.b_bp
+        self.model = build_int8_network(config)
+        self.zo = Int8ZO(self.model, b_zo=config.b_zo[0])
+        self.tail = self.model.tail_optimizer(b_bp=config.b_bp[0])
+        dtype = torch.int64 if config.loss == "integer" else torch.float64
+        losses = torch.zeros(self.model.halves, dtype=dtype, device=self.device)
+        none = torch.zeros((), dtype=torch.int64)
+        self.counted = {
+            "losses": losses,
+            "sum": losses.clone(),
+            "zeros": none.to(self.device, copy=True),
+            "count": none,
         }
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from a state of the same configuration."""
-        self.model.load_state_dict(state["model"])
-        self.zo.load_state_dict(state["zo"])
-        if self.tail is not None:
-            self.tail.load_state_dict(state["tail"])
-        self.losses = state["losses"].to(self.device)
-        self.sums.copy_(state["sums"])
-        self.step_index = int(state["step"])
+    def learn(self, x: Int8Tensor, y: Tensor) -> None:
+        logits = self.model(x)
+        losses = self.model.losses(logits, y)
+        self.model.backward(logits, y, self.config.tail_source or "plus")
+        self.tail.step()
+        self.zo.step(losses)
+        self.counted["losses"] = losses
+        self.counted["sum"] += losses
+        self.counted["zeros"] += (self.zo.signs == 0).sum()
+        self.counted["count"] += 1
+
+    def rates(self) -> tuple[float, float]:
+        """Bits of the updates: what plays the learning rates."""
+        assert self.config.b_zo is not None and self.config.b_bp is not None
+        return float(self._now(self.config.b_zo)), float(self._now(self.config.b_bp))
+
+    def _now(self, values: Sequence[Any]) -> Any:
+        """The value of a schedule at the present step; each serves an equal part of the run."""
+        return values[min(self.step_index * len(values) // self.steps, len(values) - 1)]
+
+    def follow_schedule(self) -> None:
+        c = self.config
+        assert c.r_max and c.p_zero and c.b_zo and c.b_bp
+        self.model.set_noise(self._now(c.r_max), self._now(c.p_zero))
+        self.zo.b_zo, self.tail.b_bp = self._now(c.b_zo), self._now(c.b_bp)
+
+    def test(self, x: Int8Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses in float64, of the int8 logits."""
+        logits = self.model(x)
+        return logits.q, cross_entropy(logits.dequantize(), y, reduction="sum")
+
+    def percent(self, right: int, count: int) -> float:
+        return 100.0 * right / count
+
+    def _nats(self, losses: Tensor) -> Tensor:
+        """Mean losses of a sample in nats, float64: for people."""
+        unit = math.log(2.0) / 2**self.model.fraction_bits if self.config.loss == "integer" else 1.0
+        return losses.double() * (unit / self.config.batch_size)
+
+    @property
+    def losses(self) -> Tensor:
+        return self._nats(self.counted["losses"])
+
+    def read(self) -> dict[str, Any]:
+        whole, zeros, count = (self.counted[name] for name in ("sum", "zeros", "count"))
+        found = {
+            "loss": float(self._nats(whole).mean()) / int(count) if count else None,
+            "losses": self.losses.tolist(),
+            "projected_gradient": self.zo.signs.tolist(),
+            "zero_signs": int(zeros) if not self.model.cut.everything else 0,
+            "skipped": self.skipped,
+        }
+        for t in (whole, zeros, count):
+            t.zero_()
+        return found
+
+    def trajectory(self, path: Path) -> Int8TrajectoryLog:
+        return Int8TrajectoryLog(path, self.zo, resume=True)
 
 
-__all__ = ["Learner", "build_network", "load_data"]
+def learner_for(config: TrainConfig, data: Samples) -> Learner:
+    """Of the arithmetic of a resolved configuration."""
+    return (Int8Learner if config.precision == "int8" else FloatLearner)(config, data)
+
+
+__all__ = ["FloatLearner", "Int8Learner", "Learner", "learner_for"]

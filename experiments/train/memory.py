@@ -22,8 +22,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from elasticzo.data import ImageData
 from experiments.train.config import TrainConfig
-from experiments.train.inputs import BatchOrder, Samples
-from experiments.train.learner import Learner, load_data
+from experiments.train.data import Samples, load_data
+from experiments.train.inputs import BatchOrder
+from experiments.train.learner import FloatLearner
 
 STEPS = 3  # the optimiser's state appears in the first, is held in the others
 MEASURE_CPU = "peak bytes in torch's CPU allocator over three steps, data set left out"
@@ -71,7 +72,7 @@ def recorded_peak(run: Callable[[], object], rehearse: bool = True) -> int:
 def _steps(config: TrainConfig, data: Samples, order: BatchOrder) -> None:
     # The statistics of the data are not part of a step: computed before anything is recorded.
     assert not isinstance(data, ImageData) or data.std > 0
-    learner = Learner(replace(config, epochs=1), data)
+    learner = FloatLearner(replace(config, epochs=1), data)
     learner.inputs.order = order
     for _ in range(STEPS):
         learner.step()

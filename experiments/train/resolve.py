@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from elasticzo.cut import resolve_cut
 from elasticzo.data import CLOUD_SETS
-from elasticzo.models import LeNet5, PointNet, ResNet20
 from experiments.train.config import NOT_IDENTITY, Data, Model, TrainConfig
 from experiments.train.fields import check, fields_of
-from experiments.train.inputs import Samples
+from experiments.train.network import build_model, library_tail
 from experiments.train.recipes import (
     BF16_EPS,
     EPOCHS,
@@ -95,13 +93,6 @@ def resolve_tail(config: TrainConfig) -> tuple[str, ...]:
     return (str(tail),) if isinstance(tail, (int, str)) else tuple(tail)
 
 
-def library_tail(tail: tuple[str, ...]) -> list[str] | int | str:
-    """What `ElasticZO` takes: `("2",)` -> 2, `("all",)` -> "all"."""
-    if len(tail) == 1 and tail[0].lstrip("-").isdigit():
-        return int(tail[0])
-    return "all" if tail == ("all",) else list(tail)
-
-
 def _scale(
     config: TrainConfig, tail: tuple[str, ...], default: dict[str, float]
 ) -> dict[str, float]:
@@ -154,41 +145,6 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
-def build_model(config: TrainConfig) -> nn.Module:
-    """A fresh network for the configuration's data, from torch's generator as it stands: for 28x28
-    grey images of ten classes, or for clouds."""
-    model: nn.Module
-    if config.model == "pointnet":
-        classes = 40 if config.data == "modelnet40" else 10
-        model = PointNet(classes, batch_norm=bool(config.batch_norm))
-    else:
-        model = LeNet5() if config.model == "lenet5" else ResNet20(channels=1)
-    if config.init == "orthogonal":
-        for module in model.modules():
-            if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
-                nn.init.orthogonal_(module.weight, gain=math.sqrt(2.0))
-    return model
-
-
-def last_layer(model: nn.Module) -> nn.Linear | nn.Conv2d:
-    """The layer that makes the logits."""
-    return [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))][-1]
-
-
-def check_sizes(config: TrainConfig, data: Samples) -> None:
-    """Raise ValueError where a batch is larger than the training set, or a cloud too small."""
-    kind = "images" if config.points is None else "clouds"
-    if config.batch_size > len(data.train_x):
-        raise ValueError(
-            f"batch_size must be in [1, {len(data.train_x)}] (training {kind}), "
-            f"got {config.batch_size}"
-        )
-    if config.points is not None and config.points > data.train_x.shape[1]:
-        raise ValueError(
-            f"points must be in [1, {data.train_x.shape[1]}] (of a cloud), got {config.points}"
-        )
-
-
 def as_json(config: TrainConfig) -> dict[str, Any]:
     """Plain values: paths as text, infinity as "inf"."""
     plain: dict[str, Any] = {}
@@ -213,11 +169,7 @@ def identity(config: TrainConfig) -> dict[str, Any]:
 
 __all__ = [
     "as_json",
-    "build_model",
-    "check_sizes",
     "identity",
-    "last_layer",
-    "library_tail",
     "pick_device",
     "resolve",
     "resolve_tail",

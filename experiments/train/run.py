@@ -12,10 +12,10 @@ from elasticzo import TrajectoryLog
 from elasticzo.int8 import Int8TrajectoryLog
 from experiments.commands import Interrupted, StopSignals
 from experiments.train.config import TrainConfig
+from experiments.train.data import load_data
 from experiments.train.environment import commit, hardware, peak_memory, versions
 from experiments.train.folder import CURVES, TENSORBOARD, TRAJECTORY, RunFolder
-from experiments.train.int8_learner import Int8Learner
-from experiments.train.learner import Learner, load_data
+from experiments.train.learner import learner_for
 from experiments.train.plots import draw_curves
 from experiments.train.report import Reporter
 from experiments.train.resolve import as_json, identity, resolve
@@ -62,8 +62,7 @@ class Run:
         if self.device.type == "cuda":  # the same bits on every start
             torch.backends.cudnn.deterministic = True
             torch.backends.cudnn.benchmark = False
-        kind = Int8Learner if self.config.precision == "int8" else Learner
-        self.learner: Learner | Int8Learner = kind(self.config, load_data(self.config))
+        self.learner = learner_for(self.config, load_data(self.config))
         self.learner.probe()
         if self.folder.state is not None:
             self._go_on(self.folder.state)

@@ -13,7 +13,7 @@ from elasticzo.int8.network import Int8Network
 from experiments.files import read_json
 from experiments.train.config import TrainConfig
 from experiments.train.folder import CHECKPOINT, CONFIG, RESULT
-from experiments.train.resolve import build_model, last_layer
+from experiments.train.network import build_model, last_layer
 
 
 def first_weights(config: TrainConfig) -> dict[str, Any]:

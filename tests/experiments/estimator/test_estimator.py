@@ -19,7 +19,8 @@ from experiments.estimator import eps, tail, theory
 from experiments.estimator.probe import Probe, along, cosines, stats
 from experiments.estimator.settings import REDUCED, SECTIONS
 from experiments.train.config import TrainConfig
-from experiments.train.learner import Learner, load_data
+from experiments.train.data import load_data
+from experiments.train.learner import FloatLearner
 from experiments.train.resolve import resolve
 from zo_kernels import reference
 
@@ -180,7 +181,7 @@ def test_a_clean_pass_gives_the_true_gradient_of_the_tail(small: TrainConfig) ->
         sizes=SimpleNamespace(population=100, tail_batches=6), told=lambda passes: None
     )
     config = resolve(replace(small, hold_out=200))
-    learner = Learner(config, load_data(config))
+    learner = FloatLearner(config, load_data(config))
     before = {k: v.clone() for k, v in learner.model.state_dict().items()}
     rows = {row["source"]: row for row in tail.compared(bench, learner)}
     assert rows["clean"]["batch"]["mean"] == pytest.approx(1.0, abs=1e-6)

@@ -14,7 +14,8 @@ from torch import Tensor
 from experiments.studies import random_walk
 from experiments.studies.random_walk import Walker, gains
 from experiments.train.config import TrainConfig
-from experiments.train.learner import Learner, load_data
+from experiments.train.data import load_data
+from experiments.train.learner import FloatLearner
 from experiments.train.resolve import resolve
 
 
@@ -24,7 +25,7 @@ def test_the_walk_has_the_same_steps_with_signs_of_a_coin() -> None:
     signs = []
     for seed in range(12):
         config = replace(base, seed=seed)
-        own, walked = (kind(config, load_data(config)) for kind in (Learner, Walker))
+        own, walked = (kind(config, load_data(config)) for kind in (FloatLearner, Walker))
         start = flat(own.model.head_parameters())
         own.step()
         walked.step()

@@ -16,11 +16,11 @@ from elasticzo.data import augment_clouds
 from experiments.commands import Interrupted
 from experiments.train.__main__ import main
 from experiments.train.config import TrainConfig
+from experiments.train.data import load_data
 from experiments.train.fields import fields_of
 from experiments.train.folder import CHECKPOINT, TRAJECTORY
 from experiments.train.inputs import float_inputs, int8_inputs
-from experiments.train.int8_learner import Int8Learner
-from experiments.train.learner import Learner, load_data
+from experiments.train.learner import FloatLearner, Int8Learner, learner_for
 from experiments.train.recipes import METHODS
 from experiments.train.resolve import identity, resolve
 from experiments.train.run import Run
@@ -132,7 +132,7 @@ def test_an_interrupted_run_ends_in_the_same_bits(
     config = replace(clouds, augment=True, **settings)
     whole = Run(config)
     result = whole.go()
-    kind = Int8Learner if "precision" in settings else Learner
+    kind = Int8Learner if "precision" in settings else FloatLearner
     step = kind.step
 
     def stopped(self: Any) -> None:
@@ -157,7 +157,7 @@ def test_an_interrupted_run_ends_in_the_same_bits(
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_of_every_method(clouds: TrainConfig, method: Any, precision: Any) -> None:
     config = resolve(replace(clouds, method=method, precision=precision, batch_size=4))
-    learner = (Int8Learner if precision == "int8" else Learner)(config, load_data(config))
+    learner = learner_for(config, load_data(config))
     before = {k: v.clone() for k, v in learner.model.state_dict().items()}
     learner.probe()
     after = learner.model.state_dict()

@@ -16,11 +16,12 @@ from elasticzo.int8 import replay_int8
 from experiments.commands import Interrupted
 from experiments.train.__main__ import main
 from experiments.train.config import TrainConfig
+from experiments.train.data import load_data
 from experiments.train.fields import fields_of
 from experiments.train.folder import CHECKPOINT, METRICS, TRAJECTORY
 from experiments.train.inputs import Int8Images
-from experiments.train.int8_learner import Int8Learner, build_int8_network
-from experiments.train.learner import load_data
+from experiments.train.learner import Int8Learner
+from experiments.train.network import build_int8_network
 from experiments.train.recipes import METHODS
 from experiments.train.resolve import resolve
 from experiments.train.run import Run
@@ -86,7 +87,7 @@ def test_schedules_serve_equal_parts() -> None:
     seen = []
     for step in range(9):
         learner.step_index = step
-        learner._set_bits()
+        learner.follow_schedule()
         seen.append((learner.model.r_max, int(learner.rates()[1])))
     assert [r for r, _ in seen] == [31] * 3 + [15] * 3 + [7] * 3
     assert [b for _, b in seen] == [4] * 5 + [2] * 4

@@ -20,7 +20,7 @@ from elasticzo.checkpoint import load_checkpoint
 from experiments.train.__main__ import command_line
 from experiments.train.config import TrainConfig
 from experiments.train.folder import CHECKPOINT, METRICS, RESULT, TRAJECTORY, read_metrics
-from experiments.train.learner import build_network
+from experiments.train.network import build_network
 from experiments.train.resolve import resolve
 from experiments.train.run import train
 

@@ -14,9 +14,11 @@ from elasticzo.checkpoint import load_checkpoint
 from elasticzo.data import load_digits, rotate_images
 from elasticzo.int8 import Int8Network
 from experiments.train.config import TrainConfig
+from experiments.train.data import load_data
 from experiments.train.folder import CHECKPOINT, METRICS, RESULT
-from experiments.train.learner import Learner, load_data
-from experiments.train.resolve import build_model, resolve
+from experiments.train.learner import FloatLearner
+from experiments.train.network import build_model
+from experiments.train.resolve import resolve
 from experiments.train.run import Run
 from tests.experiments.conftest import Start
 
@@ -127,14 +129,14 @@ def test_a_start_is_read_once(
     """A run that goes on needs its own checkpoint alone."""
     _, source = start(epochs=1, method="full-bp")
     config = replace(small, start_from=source.path, out=tmp_path / "tuned", checkpoint_steps=10)
-    step = Learner.step
+    step = FloatLearner.step
 
-    def breaks(learner: Learner) -> None:
+    def breaks(learner: FloatLearner) -> None:
         if learner.step_index == 20:
             raise RuntimeError("power cut")
         step(learner)
 
-    monkeypatch.setattr(Learner, "step", breaks)
+    monkeypatch.setattr(FloatLearner, "step", breaks)
     with pytest.raises(RuntimeError, match="power cut"):
         Run(config).go()
     monkeypatch.undo()

@@ -17,8 +17,9 @@ from elasticzo.checkpoint import load_checkpoint
 from experiments.train import learner
 from experiments.train.__main__ import main
 from experiments.train.config import TrainConfig
+from experiments.train.data import load_data
 from experiments.train.folder import CHECKPOINT, CONFIG, CURVES, METRICS, RESULT, RunFolder
-from experiments.train.learner import build_network
+from experiments.train.network import build_network
 from experiments.train.recipes import METHODS, MODELS
 from experiments.train.resolve import resolve
 from experiments.train.run import Run
@@ -221,7 +222,7 @@ def test_options_of_the_tail_and_the_head(start: Start) -> None:
 
 def test_a_clean_pass_feeds_the_tail(small: TrainConfig) -> None:
     config = resolve(replace(small, tail_source="clean", tail_optimizer="sgd", tail_lr=0.1))
-    taught = learner.Learner(config, learner.load_data(config))
+    taught = learner.FloatLearner(config, load_data(config))
     plain = copy.deepcopy(taught.model.module)
     x, y = taught.inputs.train(0)
     cross_entropy(plain(x), y).backward()  # of the weights before the step, unperturbed
