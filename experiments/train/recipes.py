@@ -139,7 +139,7 @@ def falling(first: float, last: float = 0.002, parts: int = 20) -> tuple[float, 
     return tuple(round(1.0 - max(last, first * share**2), 4) for share in left)
 
 
-# Why these: docs/decisions.md, "Integers"; around them: `python -m experiments.studies.int8_sweep`.
+# Why these: docs/decisions.md, "Integers"; around them: `studies.sweep --precision int8`.
 INT8_FULL_ZO = Int8Recipe(
     r_max=(31,),
     p_zero=(0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98),

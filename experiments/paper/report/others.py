@@ -118,7 +118,7 @@ SOURCES = (
         "int8_sweep_*.json",
         "How the integer recipes were found",
         "Held-out accuracy of the recipe and of one change at a time.",
-        "python -m experiments.studies.int8_sweep --data-dir DIR",
+        "python -m experiments.studies.sweep --precision int8 --data-dir DIR",
         measured.int8_sweep,
     ),
     Source(

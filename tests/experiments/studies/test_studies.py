@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from experiments import demo
-from experiments.studies import accuracy, int8_sweep, sweep
+from experiments.studies import accuracy, sweep
 from experiments.studies.accuracy import AccuracyConfig, check_floors, compare
 from experiments.studies.elastic import ElasticConfig
 from experiments.studies.memory_model import GridConfig
@@ -153,7 +153,7 @@ def test_int8_sweep(tmp_path: Path) -> None:
     arguments = ["--data", "digits", "--methods", "cls2", "--seeds", "1", "--epochs", "1"]
     arguments += ["--train-images", "256", "--hold-out", "200"]
     places = ["--out", str(tmp_path / "runs"), "--results", str(tmp_path)]
-    assert int8_sweep.main([*arguments, *places]) == 0
+    assert sweep.main(["--precision", "int8", *arguments, *places]) == 0
     written = json.loads((tmp_path / "int8_sweep_digits.json").read_text())
     points = written["methods"]["cls2"]["points"]
     assert next(iter(points)) == "recipe" and "r_max x 2" in points and "b_bp +1" in points
@@ -163,7 +163,7 @@ def test_int8_sweep(tmp_path: Path) -> None:
 
 def test_changes_stay_in_range() -> None:
     config = resolve(TrainConfig(precision="int8", method="cls2", r_max=(100,), b_bp=(7, 0)))
-    found = int8_sweep.changes(config)
+    found = sweep.changes(config)
     assert found["r_max x 2"] == {"r_max": (127,)} and found["b_bp +1"] == {"b_bp": (7, 1)}
     halved = found["share x 0.5"]["p_zero"]
     assert config.p_zero is not None
