@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from experiments.paper import documents
+from experiments.documents import tables as documents
 from experiments.paper.compare import read_studies
 from tests.experiments.paper.paper_results import write_study
 
