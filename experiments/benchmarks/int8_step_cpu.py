@@ -22,7 +22,6 @@ from typing import Any
 import torch
 import tyro
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import nn
 
@@ -39,9 +38,10 @@ from experiments.benchmarks.int8_steps import (
     network,
     verify,
 )
+from experiments.commands import plain_console, tracked
 from experiments.files import write_json
 from experiments.studies import step_times
-from experiments.timing import Timings
+from experiments.timing import Timings, in_turn
 from experiments.train.environment import made_on
 
 COMMAND = "python -m experiments.benchmarks.int8_step_cpu"
@@ -104,17 +104,8 @@ def contestants(batch: int) -> dict[str, Run]:
 def measure(batch: int, config: Config, console: Console) -> Timings:
     """Seconds of each contestant, round by round."""
     clock = time.thread_time_ns if config.threads == 1 else time.perf_counter_ns
-    runs = contestants(batch)
-    found: dict[str, list[float]] = {name: [] for name in runs}
-    names, rounds = list(runs), range(config.rounds + WARM_UP)
-    hidden = not console.is_terminal
-    for i in track(rounds, f"batch {batch}", console=console, disable=hidden, transient=True):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            start = clock()
-            runs[name](i)
-            if i >= WARM_UP:
-                found[name].append(1e-9 * (clock() - start))
-    return Timings(found)
+    rounds = tracked(range(config.rounds + WARM_UP), f"batch {batch}", console)
+    return in_turn(contestants(batch), rounds, clock, WARM_UP)
 
 
 def row(batch: int, method: str, timings: Timings) -> dict[str, Any]:
@@ -181,7 +172,7 @@ def table(rows: list[dict[str, Any]], memory: list[dict[str, Any]]) -> Table:
 
 def main(config: Config) -> None:
     torch.set_num_threads(config.threads)
-    console = Console(highlight=False, soft_wrap=True)
+    console = plain_console()
     if config.reduced:
         config = replace(config, batches=(8,), rounds=3)
         console.print("reduced: these times are no measurements")

@@ -84,6 +84,7 @@ class TorchStep:
 def float64_losses(step: Fp32Step, x: Tensor, y: Tensor) -> Tensor:
     """Of the next step, from its own perturbed weights."""
     model = step.model
+    key = torch.tensor([model.seed, model.step_index])
     head = set(model.cut.head_parameters)
     found = []
     for half in range(1 if model.cut.everything else 2):
@@ -92,7 +93,7 @@ def float64_losses(step: Fp32Step, x: Tensor, y: Tensor) -> Tensor:
             halves = p.detach()[None].expand(2, *p.shape)
             if name in head:
                 eps = torch.tensor(EPS, dtype=torch.float64)
-                halves = perturbed_weights(p.detach(), model._key, eps, tensor=tensor)
+                halves = perturbed_weights(p.detach(), key, eps, tensor=tensor)
             weights[name] = halves[half].double()
         logits = torch.func.functional_call(model.module, weights, x.double())
         found.append(F.cross_entropy(logits, y))

@@ -20,6 +20,7 @@ from experiments.commands import RESULTS
 from experiments.files import read_json, write_text
 from experiments.paper.compare import MODEL_TITLES, Runs, Scene, accuracy_text, read_studies
 from experiments.paper.floors import floors
+from experiments.paper.report import measured
 from experiments.paper.report.blocks import Table
 from experiments.paper.report.claims import claims
 from experiments.paper.report.study import accuracy_table, gain_table, integer_table
@@ -172,26 +173,16 @@ def _int8_title(method: str) -> str:
 
 def cost(results: Path) -> str:
     """A whole step on the CPU against two plain forwards."""
-    rows = [
-        [
-            batch,
-            f"{row['two_forwards_ms']:.2f} ms",
-            f"{row['elasticzo_step_over_two_forwards']:.2f}x",
-            f"{row['mezo_style_step_over_two_forwards']:.2f}x",
-        ]
-        for batch, row in read_json(results / "step_cpu.json")["batches"].items()
-    ]
-    return markdown(
-        Table(["batch", "two plain forwards", "ElasticZO step", "MeZO-style step"], rows)
-    )
+    (table,) = measured.step_cpu(read_json(results / "step_cpu.json"))
+    return markdown(table)
 
 
 def int8_cost(results: Path) -> str:
     """A step on the CPU: time and peak memory of FP32 over INT8."""
-    measured = read_json(results / "int8_step_cpu.json")
+    content = read_json(results / "int8_step_cpu.json")
     smaller = {
         (row["batch"], row["method"]): f"{row['ratio']:.2f}x"
-        for row in measured["memory"]
+        for row in content["memory"]
         if row["pairing"] == "stacked"
     }
     rows = [
@@ -202,7 +193,7 @@ def int8_cost(results: Path) -> str:
             f"{row['speedup']['median']:.2f}x",
             smaller[row["batch"], row["method"]],
         ]
-        for row in measured["time"]
+        for row in content["time"]
     ]
     return markdown(Table(["batch", "method", "FP32", "INT8", "faster", "smaller (peak)"], rows))
 

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from elasticzo.checkpoint import load_checkpoint
 from experiments.estimator.probe import Probe, stats
 from experiments.estimator.settings import EstimatorConfig, Sizes, sizes_of
-from experiments.studies.study import in_own_folder, run_all
+from experiments.studies.study import in_own_folder, run_all, shared
 from experiments.train.config import Method, TrainConfig
 from experiments.train.data import load_data
 from experiments.train.folder import CHECKPOINT, METRICS, read_metrics
@@ -58,16 +58,12 @@ class Bench:
     def short(self, method: Method, seed: int = 0, **changes: Any) -> TrainConfig:
         """A short run of the method's recipe on held-out images, in its folder."""
         config, sizes = self.config, self.sizes
-        settings: dict[str, Any] = {
-            "data": config.data,
-            "data_dir": config.data_dir,
+        settings = shared(config) | {
             "train_images": sizes.train_images,
             "hold_out": sizes.hold_out,
             "batch_size": sizes.batch,
             "epochs": sizes.epochs,
             "eval_epochs": sizes.epochs,
-            "device": config.device,
-            "threads": config.threads,
         }
         made = TrainConfig(method=method, seed=seed, **settings | changes)
         return in_own_folder(made, config.out / config.data)

@@ -19,7 +19,14 @@ from rich.table import Table
 
 from experiments.commands import RESULTS, plain_console, run_command
 from experiments.files import write_json
-from experiments.studies.study import in_own_folder, made_by, options, run_all, without_places
+from experiments.studies.study import (
+    in_own_folder,
+    made_by,
+    options,
+    run_all,
+    shared,
+    without_places,
+)
 from experiments.train.config import TrainConfig
 from experiments.train.plots import draw_points, standard_error
 from experiments.train.recipes import CONTROLS, METHODS
@@ -69,19 +76,7 @@ def configurations(study: AccuracyConfig) -> dict[tuple[str, int], TrainConfig]:
     runs: dict[tuple[str, int], TrainConfig] = {}
     for seed in range(study.seeds):
         for method in METHODS:
-            config = TrainConfig(
-                method=method,
-                seed=seed,
-                precision=study.precision,
-                data=study.data,
-                data_dir=study.data_dir,
-                download=study.download,
-                epochs=study.epochs,
-                batch_size=study.batch_size,
-                hold_out=study.hold_out,
-                device=study.device,
-                threads=study.threads,
-            )
+            config = TrainConfig(method=method, seed=seed, **shared(study))
             runs[method, seed] = in_own_folder(config, study.out / study.data)
     return runs
 

@@ -21,7 +21,7 @@ from elasticzo.budget import cuts
 from elasticzo.memory import inference_memory, training_memory
 from experiments.commands import RESULTS, plain_console, run_command, tracked
 from experiments.files import write_json
-from experiments.studies.study import in_own_folder, made_by, run_all, without_places
+from experiments.studies.study import in_own_folder, made_by, run_all, shared, without_places
 from experiments.timing import Timings, measure
 from experiments.train.config import Data, Method, Model, TrainConfig
 from experiments.train.data import load_data
@@ -89,23 +89,15 @@ def configurations(study: ElasticConfig) -> dict[Key, TrainConfig]:
         all_cuts = cuts(build_model(TrainConfig(model=study.model, data=study.data)))
     layers = len(all_cuts) - 1
     kept = [(c, tail) for c, tail in all_cuts if c % study.every == 0 or c == layers]
+    given = shared(study)
+    if study.reduced:
+        few = 2 * study.batch_size
+        given |= {"data": "digits", "data_dir": None, "epochs": 1, "train_images": few}
     runs: dict[Key, TrainConfig] = {}
     for seed in range(study.seeds):
         for cut, tail in kept:
-            config = TrainConfig(
-                model=study.model,
-                data="digits" if study.reduced else study.data,
-                data_dir=None if study.reduced else study.data_dir,
-                method=method_of(cut, layers),
-                tail=(str(tail),),
-                seed=seed,
-                epochs=1 if study.reduced else study.epochs,
-                batch_size=study.batch_size,
-                train_images=2 * study.batch_size if study.reduced else study.train_images,
-                pairing=study.pairing,
-                device=study.device,
-                threads=study.threads,
-            )
+            method = method_of(cut, layers)
+            config = TrainConfig(method=method, tail=(str(tail),), seed=seed, **given)
             runs[cut, seed] = in_own_folder(config, study.out / config.data)
     return runs
 

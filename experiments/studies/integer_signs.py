@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any, Literal
 
 import torch
@@ -27,6 +25,7 @@ from elasticzo.int8 import Int8Tensor
 from experiments.commands import RESULTS, plain_console, run_command
 from experiments.files import write_json
 from experiments.studies.signs import float_losses, sign_errors, table
+from experiments.timing import Contestant, in_turn
 from experiments.train.config import Method, TrainConfig
 from experiments.train.data import load_data
 from experiments.train.environment import made_on
@@ -134,17 +133,13 @@ def cost(
 ) -> dict[str, float]:
     """Median microseconds of CPU for both losses of a step, by F and in float64; taken in turn."""
     step = (logits[-1], exponent[-1], target[-1])
-    calls: dict[str, Callable[[], object]] = {
-        str(f): partial(integer_cross_entropy, *step, fraction_bits=f) for f in fraction_bits
+    calls: dict[str, Contestant] = {
+        str(f): lambda i, f=f: integer_cross_entropy(*step, fraction_bits=f)  # type: ignore[misc]
+        for f in fraction_bits
     }
-    calls["float64"] = lambda: float_losses(*(t[None] for t in step))
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(ROUNDS):
-        for name, call in calls.items():
-            start = time.process_time()
-            call()
-            seconds[name].append(time.process_time() - start)
-    return {name: 1e6 * median(values) for name, values in seconds.items()}
+    calls["float64"] = lambda i: float_losses(*(t[None] for t in step))
+    times = in_turn(calls, range(ROUNDS), time.process_time_ns)
+    return {name: 1e6 * times.median(name) for name in calls}
 
 
 def smallest(rows: list[dict[str, Any]], fraction_bits: tuple[int, ...]) -> int | None:

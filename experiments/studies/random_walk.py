@@ -22,11 +22,12 @@ from torch import Tensor
 
 from experiments.commands import RESULTS, plain_console, run_command, tracked
 from experiments.files import write_json
-from experiments.studies.study import options, without_places
+from experiments.studies.study import options, shared, without_places
 from experiments.train.config import Data, Model, TrainConfig
 from experiments.train.data import Samples, load_data
 from experiments.train.environment import made_on, use_threads
 from experiments.train.learner import FloatLearner
+from experiments.train.plots import standard_error
 from experiments.train.recipes import CONTROLS
 from experiments.train.resolve import pick_device, resolve
 
@@ -80,18 +81,7 @@ def configurations(study: WalkConfig) -> dict[str, TrainConfig]:
     """By what the head does, for seed 0."""
     if study.seeds < 2:
         raise ValueError(f"seeds must be at least 2, got {study.seeds}")
-    own = TrainConfig(
-        model=study.model,
-        data=study.data,
-        data_dir=study.data_dir,
-        method=study.method,
-        head_lr=study.head_lr,
-        epochs=study.epochs,
-        batch_size=study.batch_size,
-        points=study.points,
-        threads=study.threads,
-        device=study.device,
-    )
+    own = TrainConfig(**shared(study))
     control = replace(own, method=CONTROLS[study.method], head_lr=None)
     return {"frozen": resolve(control), "walks": resolve(own), "descends": resolve(own)}
 
@@ -133,7 +123,7 @@ def gains(found: dict[str, Any]) -> dict[str, dict[str, float]]:
         differences = [
             a - b for a, b in zip(found[one]["accuracies"], found[other]["accuracies"], strict=True)
         ]
-        error = stdev(differences) / len(differences) ** 0.5
+        error = standard_error(differences)
         made[name] = {"mean": mean(differences), "standard_error": error}
     return made
 

@@ -20,11 +20,27 @@ from typing import Any
 
 import torch
 
-import elasticzo.passes
-import experiments.train.learner
 from experiments.train.learner import Int8Learner, Learner
 
 STAGES = ("noise", "forward", "loss", "tail backward", "update", "other")
+# What a step calls: a part of the learner, or the module among whose names a function is looked
+# up; the name; and its stage.
+CALLS = (
+    ("model", "forward", "forward"),
+    ("model", "backward", "tail backward"),
+    ("zo", "step", "update"),
+    ("tail", "step", "update"),
+    ("tail", "zero_grad", "update"),
+)
+FLOAT_CALLS = (
+    ("experiments.train.learner", "pair_losses", "loss"),
+    ("elasticzo.passes", "perturbed_weights", "noise"),
+    ("elasticzo.passes", "stage_", "noise"),
+)
+INT8_CALLS = (("model", "losses", "loss"),)
+# The function of the int8 products on the CPU that makes `clip(w +- z)`: the first that is there
+# and takes noise. The other backends make it inside their products.
+INT8_NOISE = ("zo_kernels.cpu.int8_products", ("_packed", "_halves"))
 # holder, attribute, stage, and whether a call counts
 Target = tuple[Any, str, str, Callable[..., bool]]
 
@@ -38,9 +54,9 @@ def _perturbs(*args: Any) -> bool:
 
 
 def int8_noise() -> tuple[ModuleType, str]:
-    """The function of the int8 products on the CPU that makes `clip(w +- z)`."""
-    products = importlib.import_module("zo_kernels.cpu.int8_products")
-    for name in ("_packed", "_halves"):
+    """Where `INT8_NOISE` is."""
+    products = importlib.import_module(INT8_NOISE[0])
+    for name in INT8_NOISE[1]:
         function = getattr(products, name, None)
         if function is not None and "noise" in inspect.signature(function).parameters:
             return products, name
@@ -104,25 +120,14 @@ class Stopwatch:
 
 def targets(learner: Learner) -> list[Target]:
     """What is taken over for a learner."""
-    model = learner.model
+    int8 = isinstance(learner, Int8Learner)
     found: list[Target] = []
-    for holder, name, stage in (
-        (model, "forward", "forward"),
-        (model, "backward", "tail backward"),
-        (learner.zo, "step", "update"),
-        (learner.tail, "step", "update"),
-        (learner.tail, "zero_grad", "update"),
-    ):
+    for place, name, stage in (*CALLS, *(INT8_CALLS if int8 else FLOAT_CALLS)):
+        holder = importlib.import_module(place) if "." in place else getattr(learner, place)
         if holder is not None:
             found.append((holder, name, stage, _always))
-    if isinstance(learner, Int8Learner):
-        found.append((model, "losses", "loss", _always))
-        if model.backend == "numba":  # the other backends make the noise inside their products
-            found.append((*int8_noise(), "noise", _perturbs))
-    else:
-        found.append((experiments.train.learner, "pair_losses", "loss", _always))
-        found.append((elasticzo.passes, "perturbed_weights", "noise", _always))
-        found.append((elasticzo.passes, "stage_", "noise", _always))
+    if int8 and learner.model.backend == "numba":
+        found.append((*int8_noise(), "noise", _perturbs))
     return found
 
 

@@ -36,6 +36,12 @@ class _Share(Reporter):
         self.progress.update(self.task, completed=line["step"])
 
 
+def shared(study: Any, *own: str) -> dict[str, Any]:
+    """The fields of a study that the training command has, too, but for its `own`."""
+    names = {f.name for f in fields(study)} & {f.name for f in fields(TrainConfig)}
+    return {name: getattr(study, name) for name in names.difference(own, ("out",))}
+
+
 def in_own_folder(config: TrainConfig, under: Path) -> TrainConfig:
     """The resolved configuration without pictures, with a folder that its identity names."""
     config = replace(config, out=under, tensorboard=False, plot=False, trajectory=False)
@@ -132,4 +138,4 @@ def without_places(config: TrainConfig) -> dict[str, Any]:
     return plain
 
 
-__all__ = ["bar", "in_own_folder", "made_by", "options", "run_all", "without_places"]
+__all__ = ["bar", "in_own_folder", "made_by", "options", "run_all", "shared", "without_places"]

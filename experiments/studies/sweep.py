@@ -20,7 +20,14 @@ import tyro
 
 from experiments.commands import RESULTS, plain_console, run_command
 from experiments.files import write_json
-from experiments.studies.study import in_own_folder, made_by, options, run_all, without_places
+from experiments.studies.study import (
+    in_own_folder,
+    made_by,
+    options,
+    run_all,
+    shared,
+    without_places,
+)
 from experiments.train.config import Method, TrainConfig
 from experiments.train.data import load_data
 from experiments.train.fields import FIELDS
@@ -120,21 +127,8 @@ class Sweep:
 
     def base(self, method: Method, seed: int) -> TrainConfig:
         """A short run of the method with its recipe."""
-        c = self.config
-        return resolve(
-            TrainConfig(
-                precision=c.precision,
-                method=method,
-                data=c.data,
-                data_dir=c.data_dir,
-                train_images=c.train_images,
-                hold_out=c.hold_out,
-                epochs=c.epochs,
-                seed=seed,
-                device=c.device,
-                threads=c.threads,
-            )
-        )
+        given = shared(self.config, "eps", "seed")
+        return resolve(TrainConfig(method=method, seed=seed, **given))
 
     def grid(self, config: TrainConfig) -> dict[str, Changes]:
         """Every head_lr with every eps."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 from experiments.files import whole
@@ -162,11 +163,7 @@ def draw_elastic(
 
 def standard_error(values: Sequence[float]) -> float:
     """Standard error of the mean; 0 of a single value."""
-    n = len(values)
-    if n < 2:
-        return 0.0
-    mean = sum(values) / n
-    return float((sum((v - mean) ** 2 for v in values) / (n - 1) / n) ** 0.5)
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
 __all__ = [
