@@ -89,15 +89,3 @@ def run_command(
         console.print(f"{stop}{again}", markup=False)
         return 128 + stop.signal.value
     return finish(found) or 0
-
-
-__all__ = [
-    "REFUSED",
-    "RESULTS",
-    "USAGE_ERROR",
-    "Interrupted",
-    "StopSignals",
-    "plain_console",
-    "run_command",
-    "tracked",
-]

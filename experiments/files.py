@@ -55,6 +55,3 @@ def finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite(v) for v in value]
     return value
-
-
-__all__ = ["finite", "read_json", "whole", "write_json", "write_text"]

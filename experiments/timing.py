@@ -195,16 +195,3 @@ def sets_for(size: int, device: torch.device) -> int:
 def nbytes(*tensors: Tensor | None) -> int:
     """Bytes of all of them together."""
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
-
-
-__all__ = [
-    "Contestant",
-    "Graphed",
-    "Timings",
-    "cache_bytes",
-    "in_turn",
-    "measure",
-    "nbytes",
-    "percentiles",
-    "sets_for",
-]

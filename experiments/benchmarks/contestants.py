@@ -293,14 +293,3 @@ def _captured_mezo(
         graph.replay()
 
     return run, mezo
-
-
-__all__ = [
-    "Plain",
-    "Sets",
-    "Step",
-    "Variant",
-    "mezo_contestants",
-    "network_bound",
-    "verified_batch",
-]

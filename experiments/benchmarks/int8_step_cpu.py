@@ -30,7 +30,6 @@ from experiments.benchmarks import int8_step_memory
 from experiments.benchmarks.int8_steps import (
     FORMATS,
     PAIRINGS,
-    TAILS,
     Fp32Step,
     Int8Step,
     TorchStep,
@@ -41,6 +40,7 @@ from experiments.benchmarks.int8_steps import (
 from experiments.commands import plain_console, tracked
 from experiments.files import write_json
 from experiments.studies import step_times
+from experiments.studies.networks import TAILS
 from experiments.timing import Timings, in_turn
 from experiments.train.environment import made_on
 

@@ -23,7 +23,8 @@ from elasticzo.int8 import Int8Tensor, quantize
 from elasticzo.int8.memory import int8_training_memory
 from elasticzo.memory import training_memory
 from elasticzo.models import LeNet5
-from experiments.benchmarks.int8_steps import PAIRINGS, TAILS, Fp32Step, Int8Step
+from experiments.benchmarks.int8_steps import PAIRINGS, Fp32Step, Int8Step
+from experiments.studies.networks import TAILS
 from experiments.studies.static_memory import sizes, static_bytes
 from experiments.train.memory import recorded_peak
 
@@ -79,6 +80,3 @@ def static_figures() -> dict[str, float]:
         found[f"ratio-{batch}"] = full / int8
         found[f"cls2-{batch}-percent"] = 100 * (tail / full - 1)
     return found
-
-
-__all__ = ["rows", "static_figures"]

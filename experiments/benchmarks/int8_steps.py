@@ -118,16 +118,3 @@ def verify(method: str, memory_format: torch.memory_format, pairing: str) -> Non
         states.append(run.model.state_dict())
     if not all(torch.equal(w, states[1][name]) for name, w in states[0].items()):
         raise SystemExit(f"{method}: INT8 weights differ from the reference's")
-
-
-__all__ = [
-    "FORMATS",
-    "PAIRINGS",
-    "TAILS",
-    "Fp32Step",
-    "Int8Step",
-    "TorchStep",
-    "images",
-    "network",
-    "verify",
-]

@@ -140,6 +140,3 @@ def table(result: Row) -> Table:
         time = f"{least['time']['us']:.4g}"
         found.add_row(kernel, str(len(own)), *parts, least["case"], least["bound"], time)
     return found
-
-
-__all__ = ["floor_of", "peaks", "run", "table", "time_case"]

@@ -164,6 +164,3 @@ def table(result: Row) -> Table:
         }
         found.add_row(*cell, *(own.get((m.name, m.pairing), "") for m in forms))
     return found
-
-
-__all__ = ["METHODS", "Method", "peak", "run", "table"]

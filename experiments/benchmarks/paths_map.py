@@ -182,6 +182,3 @@ def table(result: Row) -> Table:
         cells = [layer, kind, noise, str(len(own)), str(right), f"{worst['regret']:.3g}", where]
         found.add_row(*cells)
     return found
-
-
-__all__ = ["Cell", "cells", "run", "table", "time_cell"]

@@ -153,6 +153,3 @@ def draw(section: str, result: dict[str, Any], folder: Path) -> Path | None:
     path = folder / f"{section}.png"
     function(path, result)
     return path
-
-
-__all__ = ["draw"]

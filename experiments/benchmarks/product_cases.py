@@ -155,6 +155,3 @@ def convolution(
         vendor=lambda given: [plain(x, given[1], given[2]) for x in given[0].chunk(2)],
         vendor_what="both convolutions and what follows, weights not perturbed",
     )
-
-
-__all__ = ["Product", "convolution", "convolutions", "linear", "linears"]

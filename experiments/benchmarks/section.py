@@ -165,17 +165,3 @@ def out_of_memory(error: Exception) -> bool:
 def usable(rows: list[Row], key: str) -> list[Row]:
     """The rows that have a measurement."""
     return [row for row in rows if key in row]
-
-
-__all__ = [
-    "BOUNDS",
-    "COMPILED_ROWS",
-    "Bench",
-    "Refused",
-    "Row",
-    "Warmed",
-    "poisoned",
-    "relative_error",
-    "require",
-    "usable",
-]

@@ -155,6 +155,3 @@ COLUMNS = ("full-zo-normal", "full-zo-normal-deferred", "full-zo-rademacher", "c
 
 def _percent(row: Row, key: str, factor: float = 100) -> str:
     return f"{factor * row[key]['median']:.3g}" if key in row else ""
-
-
-__all__ = ["BATCHES", "MAIN", "OTHERS", "contest", "run", "table"]

@@ -136,6 +136,3 @@ def variants(learner: FloatLearner) -> dict[str, dict[str, Any]]:
         "no scales": {"eps": config.eps, "scale": {}},
         "no scales, eps 1e-3": {"eps": 1e-3, "scale": {}},
     }
-
-
-__all__ = ["COMMAND", "STATES", "Bench", "batch", "passes_of", "variants"]

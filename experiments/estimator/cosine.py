@@ -49,6 +49,3 @@ def run(bench: Bench) -> Result:
         "scale": {method: bench.short(method).scale for method in METHODS},
         "rows": rows,
     }
-
-
-__all__ = ["METHODS", "passes", "run"]

@@ -94,6 +94,3 @@ def in_bf16(probe: Probe, given: Result) -> Tensor | None:
         if "vanishes" not in str(error):
             raise
         return None
-
-
-__all__ = ["KINDS", "METHODS", "passes", "run"]

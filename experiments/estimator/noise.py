@@ -70,6 +70,3 @@ def cosine_of(bench: Bench, probe: Probe, noise: str, given: Result) -> list[Res
         for (layer, q), values in found.items()
         if layer == "head"
     ]
-
-
-__all__ = ["METHODS", "NOISES", "passes", "run"]

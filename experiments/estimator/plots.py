@@ -232,5 +232,3 @@ DRAW: dict[str, Callable[[Path, str, Result], None]] = {
     "eps": draw_eps,
     "tail": draw_tail,
 }
-
-__all__ = ["DRAW"]

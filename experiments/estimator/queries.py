@@ -81,6 +81,3 @@ def _curve(bench: Bench, runs: list[TrainConfig]) -> list[Result]:
             spent = line["step"] * 2 * one.queries
             by_passes.setdefault(spent, []).append(line["test_accuracy"])
     return [{"passes": spent, **stats(values)} for spent, values in by_passes.items()]
-
-
-__all__ = ["METHODS", "passes", "run"]

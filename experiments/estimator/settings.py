@@ -94,6 +94,3 @@ REDUCED = Sizes(
 
 def sizes_of(config: EstimatorConfig) -> Sizes:
     return REDUCED if config.reduced else Sizes()
-
-
-__all__ = ["REDUCED", "SECTIONS", "EstimatorConfig", "Section", "Sizes", "sizes_of"]

@@ -77,6 +77,3 @@ def compared(bench: Bench, learner: FloatLearner) -> list[Result]:
 
 def flat(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
     return torch.cat([t.flatten() for t in tensors])
-
-
-__all__ = ["METHODS", "SOURCES", "compared", "passes", "run"]

@@ -145,19 +145,3 @@ def with_needs(wanted: Iterable[Cell], cells: Sequence[Cell]) -> list[Cell]:
 def row(cell: Cell) -> dict[str, Any]:
     """The cell as a line of the results states it."""
     return {k: v for k, v in vars(cell).items() if v is not None}
-
-
-__all__ = [
-    "TUNING_SEED",
-    "WAVES",
-    "WITH_HEAD",
-    "Cell",
-    "Section",
-    "all_cells",
-    "needs",
-    "row",
-    "source",
-    "trials",
-    "tuned_cells",
-    "with_needs",
-]

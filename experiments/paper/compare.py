@@ -210,21 +210,3 @@ def gain_text(value: Mean | None, seeds: int) -> str:
 def _spread(spread: float | None, n: int, seeds: int) -> str:
     shown = "" if spread is None else f" ± {spread:.2f}"
     return shown + ("" if n == seeds else f" ({n})")
-
-
-__all__ = [
-    "ARITHMETIC_TITLES",
-    "DATA_TITLES",
-    "METHOD_TITLES",
-    "MODEL_TITLES",
-    "SHORT_TITLES",
-    "Mean",
-    "Runs",
-    "Scene",
-    "accuracy_text",
-    "gain_text",
-    "mean_of",
-    "paired",
-    "read_studies",
-    "same_run",
-]

@@ -163,18 +163,3 @@ def _curve_title(curve: Mapping[str, Any]) -> str:
 
 def _points(gain: Mean) -> str:
     return f"{gain_text(gain, gain.n)} (n = {gain.n})"
-
-
-__all__ = [
-    "ERRORS",
-    "GAIN",
-    "MEMORY",
-    "Floor",
-    "control_floor",
-    "elastic_curves",
-    "floors",
-    "gain_floor",
-    "grid_overheads",
-    "memory_floors",
-    "overhead",
-]

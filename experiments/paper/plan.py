@@ -144,6 +144,3 @@ class Plan:
 def _public(cell: Cell) -> str:
     """The section by which a person asks for it."""
     return {"finetune-tuning": "tuning", "pretraining": "grid"}.get(cell.section, cell.section)
-
-
-__all__ = ["Plan", "Results"]

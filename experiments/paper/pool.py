@@ -132,6 +132,3 @@ class Pool:
         finally:
             stop.set()
             executor.shutdown(cancel_futures=True)
-
-
-__all__ = ["Outcome", "Pool", "Stopped"]

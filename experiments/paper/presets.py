@@ -119,5 +119,3 @@ PRESETS: Mapping[str, Preset] = {
         threads=None,
     ),
 }
-
-__all__ = ["ARITHMETICS", "PRESETS", "Arithmetic", "Preset", "Task"]

@@ -100,6 +100,3 @@ def write(plan: Plan, results: Results, failed: Mapping[Cell, str], folder: Path
     path = folder / f"paper_{plan.preset.name}.json"
     write_json(path, summary(plan, results, failed))
     return path
-
-
-__all__ = ["command", "summary", "write"]

@@ -70,6 +70,3 @@ def _integers(config: TrainConfig, head: int, tail: int) -> Changes:
 def choose(tried: Mapping[str, Sequence[float]]) -> str:
     """The name with the highest mean accuracy; of equal ones the first."""
     return max(tried, key=lambda name: sum(tried[name]) / len(tried[name]))
-
-
-__all__ = ["candidates", "choose"]

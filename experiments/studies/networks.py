@@ -21,5 +21,3 @@ INT8_NETWORKS: Mapping[str, Callable[[], nn.Module]] = {
 STATE_TENSORS = {"sgd": 0, "momentum": 1, "adam": 2}
 # Last layers that backpropagation trains, by method.
 TAILS: dict[str, int | str] = {"full-zo": 0, "cls2": 1, "cls1": 2, "full-bp": "all"}
-
-__all__ = ["INT8_NETWORKS", "NETWORKS", "STATE_TENSORS", "TAILS"]

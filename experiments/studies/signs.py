@@ -64,6 +64,3 @@ def table(rows: Sequence[dict[str, Any]], but: Sequence[str] = ()) -> str:
         ]
         lines.append(f"{' '.join(names)}  {'  '.join(values)}")
     return "\n".join(lines)
-
-
-__all__ = ["float_losses", "sign_errors", "table"]

@@ -162,6 +162,3 @@ def _telling(
             return original(*args, **kwargs)
 
     return call
-
-
-__all__ = ["STAGES", "Stopwatch", "targets", "watched"]

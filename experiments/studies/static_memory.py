@@ -106,6 +106,3 @@ def static_bytes(
     tail_weights = sum(found.parameters[name] for name in cut.tail_parameters)
     tail_outputs = sum(n for name, n in found.outputs.items() if name in cut.tail_modules)
     return 4 * (weights + activations) + 4 * (tail_weights + batch * tail_outputs)
-
-
-__all__ = ["Sizes", "sizes", "static_bytes"]

@@ -135,6 +135,3 @@ def row(name: Name, batch: int, timings: Timings) -> dict[str, Any]:
         "plain": timings.row("plain"),
         "sum_over_plain": timings.ratio("sum", "plain"),
     }
-
-
-__all__ = ["BreakdownConfig", "learner_of", "measure", "row", "verify"]

@@ -136,6 +136,3 @@ def without_places(config: TrainConfig) -> dict[str, Any]:
     if config.start_from is not None:
         plain["start_from"] = config.start_from.name
     return plain
-
-
-__all__ = ["bar", "in_own_folder", "made_by", "options", "run_all", "shared", "without_places"]

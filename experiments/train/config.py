@@ -159,5 +159,3 @@ class TrainConfig:
 NOT_IDENTITY = frozenset({
     "data_dir", "download", "out", "checkpoint_steps", "resume", "tensorboard", "plot",
 })  # fmt: skip
-
-__all__ = ["NOT_IDENTITY", "TrainConfig"]

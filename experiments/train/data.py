@@ -72,6 +72,3 @@ def check_sizes(config: TrainConfig, data: Samples) -> None:
         raise ValueError(
             f"points must be in [1, {data.train_x.shape[1]}] (of a cloud), got {config.points}"
         )
-
-
-__all__ = ["Samples", "load_data"]

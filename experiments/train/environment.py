@@ -86,6 +86,3 @@ def peak_memory(device: torch.device) -> dict[str, Any]:
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {"bytes": peak, "measure": "ru_maxrss of the whole process"}
-
-
-__all__ = ["commit", "hardware", "made_on", "peak_memory", "use_threads", "versions"]

@@ -172,6 +172,3 @@ def _choices(hint: Any) -> tuple[str, ...]:
     for part in typing.get_args(hint):
         found += _choices(part) if typing.get_origin(part) is typing.Literal else ()
     return found
-
-
-__all__ = ["FIELDS", "Field", "check", "fields_of"]

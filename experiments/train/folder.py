@@ -141,6 +141,3 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     for line in path.read_text().splitlines(keepends=True):
         if line.endswith("\n"):
             yield json.loads(line)
-
-
-__all__ = ["RunFolder", "read_metrics"]

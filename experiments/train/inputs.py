@@ -164,16 +164,3 @@ def float_inputs(config: TrainConfig, data: Samples) -> Inputs[Tensor]:
 def int8_inputs(config: TrainConfig, data: Samples) -> Inputs[Int8Tensor]:
     """Of precision int8."""
     return Int8Clouds(config, data) if isinstance(data, CloudData) else Int8Images(config, data)
-
-
-__all__ = [
-    "TEST_BATCH",
-    "BatchOrder",
-    "FloatClouds",
-    "FloatImages",
-    "Inputs",
-    "Int8Clouds",
-    "Int8Images",
-    "float_inputs",
-    "int8_inputs",
-]

@@ -360,6 +360,3 @@ class Int8Learner(Learner):
 def learner_for(config: TrainConfig, data: Samples) -> Learner:
     """Of the arithmetic of a resolved configuration."""
     return (Int8Learner if config.precision == "int8" else FloatLearner)(config, data)
-
-
-__all__ = ["FloatLearner", "Int8Learner", "Learner", "learner_for"]

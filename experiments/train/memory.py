@@ -91,6 +91,3 @@ def _peak(recorded: Any) -> int:
         held += int(move["args"]["Bytes"])
         peak = max(peak, held)
     return peak
-
-
-__all__ = ["measure_step", "peak_of", "recorded_peak"]

@@ -80,6 +80,3 @@ def build_int8_network(config: TrainConfig) -> ElasticZOInt8:
         loss=config.loss or "integer",
         **shared,
     )
-
-
-__all__ = ["build_int8_network", "build_model", "build_network", "last_layer", "library_tail"]

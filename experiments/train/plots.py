@@ -164,15 +164,3 @@ def draw_elastic(
 def standard_error(values: Sequence[float]) -> float:
     """Standard error of the mean; 0 of a single value."""
     return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-
-
-__all__ = [
-    "Grid",
-    "draw_accuracies",
-    "draw_changes",
-    "draw_curves",
-    "draw_elastic",
-    "draw_grids",
-    "draw_points",
-    "standard_error",
-]

@@ -199,19 +199,3 @@ BF16_EPS = 1e-2  # the least by default: bf16 keeps 8 bits of a weight
 def base_method(method: str) -> str:
     """The cut that a method shares: `frozen-cls2` -> `cls2`."""
     return method.removeprefix("frozen-")
-
-
-__all__ = [
-    "BF16_EPS",
-    "CONTROLS",
-    "EPOCHS",
-    "INT8_RECIPES",
-    "METHODS",
-    "MODELS",
-    "POINTS",
-    "RECIPES",
-    "TAILS",
-    "Int8Recipe",
-    "Recipe",
-    "base_method",
-]

@@ -84,6 +84,3 @@ class ConsoleReporter(Reporter):
         if self.progress is not None:
             self.progress.stop()
             self.progress = None
-
-
-__all__ = ["ConsoleReporter", "Reporter"]

@@ -165,12 +165,3 @@ def identity(config: TrainConfig) -> dict[str, Any]:
     """
     decides = as_json(config).items()
     return {k: v for k, v in decides if v is not None and k not in NOT_IDENTITY}
-
-
-__all__ = [
-    "as_json",
-    "identity",
-    "pick_device",
-    "resolve",
-    "resolve_tail",
-]

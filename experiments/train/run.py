@@ -234,6 +234,3 @@ def train(
 ) -> dict[str, Any]:
     """Run a configuration to its end; see `Run`."""
     return Run(config, command, reporter).go()
-
-
-__all__ = ["Run", "train"]

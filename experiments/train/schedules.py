@@ -37,6 +37,3 @@ def factor(
     if kind != "cosine":
         raise ValueError(f"schedule must be constant, cosine, linear or step, got {kind!r}")
     return 0.5 * (1.0 + math.cos(math.pi * done))
-
-
-__all__ = ["factor"]

@@ -76,6 +76,3 @@ def _converted(
             p.mul_(2.0**-config.logit_shift)
     converted: dict[str, Any] = Int8Network(net, drop_biases=True).tree.state_dict()
     return converted
-
-
-__all__ = ["first_weights"]

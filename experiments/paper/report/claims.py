@@ -83,6 +83,3 @@ def _int8_rows(folder: Path, name: str) -> list[Mapping[str, Any]]:
 
 def _ratios(found: Sequence[float]) -> str:
     return f"{min(found):.2f} to {max(found):.2f}x" if found else "not measured"
-
-
-__all__ = ["claims"]

@@ -171,6 +171,3 @@ def _belongs(picture: Path, path: Path) -> bool:
     """Whether no other results file has a longer name that the picture's begins with."""
     others = (other.stem for other in path.parent.glob(f"{path.stem}_*.json"))
     return not any(picture.stem.startswith(other) for other in others)
-
-
-__all__ = ["SOURCES", "Source", "other_chapters"]

@@ -76,6 +76,3 @@ def beside(path: Path, caption: str) -> Picture:
 
 def _uri(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-__all__ = ["beside", "dots"]

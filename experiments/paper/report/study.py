@@ -211,6 +211,3 @@ def missing(runs: Runs) -> list[str]:
         f"run{'s' * (count > 1)} ({why})"
         for (section, name, precision, why), count in groups.items()
     ]
-
-
-__all__ = ["accuracy_table", "chapters", "gain_table", "integer_table", "missing"]
