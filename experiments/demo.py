@@ -18,16 +18,17 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from experiments.config import Method, TrainConfig
-from experiments.environment import commit, hardware, versions
-from experiments.folder import METRICS, read_metrics, write_json
-from experiments.learner import build_network
-from experiments.memory import measure_step
-from experiments.plots import draw_accuracies
-from experiments.report import ConsoleReporter
-from experiments.resolve import resolve
-from experiments.train import REFUSED, USAGE_ERROR
-from experiments.training import Interrupted, train
+from experiments.commands import plain_console, run_command
+from experiments.files import write_json
+from experiments.train.config import Method, TrainConfig
+from experiments.train.environment import hardware, made_on
+from experiments.train.folder import METRICS, read_metrics
+from experiments.train.memory import measure_step
+from experiments.train.network import build_network
+from experiments.train.plots import draw_accuracies
+from experiments.train.report import ConsoleReporter
+from experiments.train.resolve import resolve
+from experiments.train.run import train
 
 NAMES: Mapping[Method, str] = {
     "full-zo": "Full ZO",
@@ -126,9 +127,7 @@ def run(demo: DemoConfig, console: Console) -> None:
         curves[NAMES[method]] = [line for line in lines if line["kind"] == "test"]
     summary = {
         "command": "python -m experiments.demo",
-        "hardware": hardware(device),
-        "versions": versions(),
-        "commit": commit(),
+        **made_on(device),
         "methods": rows,
     }
     write_json(demo.out / "demo.json", summary)
@@ -146,16 +145,8 @@ def run(demo: DemoConfig, console: Console) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, report; the exit status as that of the training command."""
     demo = tyro.cli(DemoConfig, args=arguments, prog="python -m experiments.demo")
-    console = Console(highlight=False, soft_wrap=True)
-    try:
-        run(demo, console)
-    except REFUSED as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USAGE_ERROR
-    except Interrupted as stop:
-        console.print(f"{stop}; the same command goes on", markup=False)
-        return 128 + stop.signal.value
-    return 0
+    console = plain_console()
+    return run_command(lambda: run(demo, console), lambda done: None, console)
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def part_of(text: str) -> tuple[int, int] | None:
 
 def about(bench: Bench, config: Config, arguments: Sequence[str]) -> dict[str, Any]:
     """What a result was measured on, and how."""
-    from experiments.environment import commit, hardware, versions
+    from experiments.train.environment import commit, hardware, versions
 
     device: dict[str, Any] = {"name": hardware(bench.device), "type": bench.device.type}
     if bench.cuda:
@@ -196,7 +196,7 @@ def compile_first(config: Config, arguments: Sequence[str], limit: float) -> Non
 def run(config: Config, arguments: Sequence[str], console: Console) -> int:
     """All sections; 1 where a result was wrong or a case failed."""
     from experiments.benchmarks.section import Bench
-    from experiments.folder import write_json
+    from experiments.files import write_json
 
     device = torch.device("cpu")
     if torch.cuda.is_available():

@@ -61,6 +61,3 @@ class Shared:
 
     def normal(self, *shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
         return (scale * torch.randn(shape, device=self.device)).to(dtype)
-
-
-__all__ = ["EPS", "NOISES", "WEIGHT", "Case", "Shared"]

@@ -19,7 +19,7 @@ from elasticzo import ZOSGD, ElasticZO, capture_step, pair_losses
 from elasticzo.precision import precision_of
 from experiments.benchmarks.models import MeZOLoop, Subject, products, weight_scale
 from experiments.benchmarks.section import BOUNDS, Bench, Refused, Row, require
-from experiments.benchmarks.timing import Contestant, Graphed
+from experiments.timing import Contestant, Graphed
 from zo_kernels import reference
 
 Sets = Sequence[tuple[Tensor, Tensor]]
@@ -293,14 +293,3 @@ def _captured_mezo(
         graph.replay()
 
     return run, mezo
-
-
-__all__ = [
-    "Plain",
-    "Sets",
-    "Step",
-    "Variant",
-    "mezo_contestants",
-    "network_bound",
-    "verified_batch",
-]

@@ -9,7 +9,6 @@ is the clock's. JSON goes to `experiments/results/int8_conv_cpu.json`.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,8 +21,9 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from experiments.environment import commit, hardware, versions
-from experiments.folder import write_json
+from experiments.files import write_json
+from experiments.timing import in_turn
+from experiments.train.environment import made_on
 from zo_kernels import (
     int8_paired_conv2d,
     int8_paired_linear,
@@ -41,6 +41,7 @@ LAYERS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "conv2": ((6, 14, 14), (16, 6, 5, 5)),
     "fc1": ((784,), (120, 784)),
 }
+WARM_UP = 10  # rounds: compilation, caches
 Run = Callable[[], object]
 
 
@@ -135,24 +136,15 @@ def measure(
     name: str, batch: int, rounds: int, clock: Callable[[], int]
 ) -> dict[str, dict[str, float]]:
     """Median milliseconds of each contestant, and speed-ups over the faster fp32 one."""
-    runs = contestants(name, batch)
-    times: dict[str, list[int]] = {run: [] for run in runs}
+    runs = {run: (lambda i, call=call: call()) for run, call in contestants(name, batch).items()}
     with torch.no_grad():
-        for i in range(rounds + 10):
-            for run, call in runs.items():
-                start = clock()
-                call()
-                if i >= 10:  # warm-up: compilation, caches
-                    times[run].append(clock() - start)
-    medians = {run: 1e-6 * statistics.median(t) for run, t in times.items()}
+        times = in_turn(runs, range(rounds + WARM_UP), clock, WARM_UP)
     speedups = {}
-    for run in runs:
+    for run in (run for run in runs if "int8" in run):
         kind = run.split("_")[0]
-        best = min((r for r in runs if r.startswith(f"{kind}_fp32")), key=medians.__getitem__)
-        if "int8" in run:
-            ratios = [a / b for a, b in zip(times[best], times[run], strict=True)]
-            speedups[run] = round(statistics.median(ratios), 2)
-    return {"ms": {run: round(ms, 4) for run, ms in medians.items()}, "speedup": speedups}
+        best = times.faster(*(r for r in runs if r.startswith(f"{kind}_fp32")))
+        speedups[run] = round(times.ratio(best, run)["median"], 2)
+    return {"ms": {run: round(1e3 * times.median(run), 4) for run in runs}, "speedup": speedups}
 
 
 def main(config: Config) -> None:
@@ -169,9 +161,7 @@ def main(config: Config) -> None:
                 print(f"  {run:40} {ms:8.3f} ms" + (f"  {speedup:.2f}x" if speedup else ""))
     written = {
         "command": COMMAND,
-        "commit": commit(),
-        "versions": versions(),
-        "hardware": hardware(torch.device("cpu")),
+        **made_on(torch.device("cpu")),
         "rounds": config.rounds,
         "layers": layers,
     }

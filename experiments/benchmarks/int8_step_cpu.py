@@ -4,8 +4,8 @@
 one process and in turn, so that a drift of the machine meets all of them. On one thread the time is
 that of the thread, which does not count when others have the core. FP32 runs in both memory
 formats, Full BP also as plain torch, and the faster one is what INT8 is compared with. Beside the
-steps: two plain passes alone, the stages of a step (experiments/stages.py), and memory in two
-models (experiments/benchmarks/int8_step_memory.py). JSON goes to
+steps: two plain passes alone, the stages of a step (experiments/studies/stages.py), and memory in
+two models (experiments/benchmarks/int8_step_memory.py). JSON goes to
 `experiments/results/int8_step_cpu.json`.
 """
 
@@ -22,17 +22,14 @@ from typing import Any
 import torch
 import tyro
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import nn
 
 from elasticzo.int8 import ElasticZOInt8, quantize
-from experiments import breakdown
 from experiments.benchmarks import int8_step_memory
 from experiments.benchmarks.int8_steps import (
     FORMATS,
     PAIRINGS,
-    TAILS,
     Fp32Step,
     Int8Step,
     TorchStep,
@@ -40,9 +37,12 @@ from experiments.benchmarks.int8_steps import (
     network,
     verify,
 )
-from experiments.benchmarks.timing import Timings
-from experiments.environment import commit, hardware, versions
-from experiments.folder import write_json
+from experiments.commands import plain_console, tracked
+from experiments.files import write_json
+from experiments.studies import step_times
+from experiments.studies.networks import TAILS
+from experiments.timing import Timings, in_turn
+from experiments.train.environment import made_on
 
 COMMAND = "python -m experiments.benchmarks.int8_step_cpu"
 RESULT = Path(__file__).parent.parent / "results" / "int8_step_cpu.json"
@@ -104,17 +104,8 @@ def contestants(batch: int) -> dict[str, Run]:
 def measure(batch: int, config: Config, console: Console) -> Timings:
     """Seconds of each contestant, round by round."""
     clock = time.thread_time_ns if config.threads == 1 else time.perf_counter_ns
-    runs = contestants(batch)
-    found: dict[str, list[float]] = {name: [] for name in runs}
-    names, rounds = list(runs), range(config.rounds + WARM_UP)
-    hidden = not console.is_terminal
-    for i in track(rounds, f"batch {batch}", console=console, disable=hidden, transient=True):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            start = clock()
-            runs[name](i)
-            if i >= WARM_UP:
-                found[name].append(1e-9 * (clock() - start))
-    return Timings(found)
+    rounds = tracked(range(config.rounds + WARM_UP), f"batch {batch}", console)
+    return in_turn(contestants(batch), rounds, clock, WARM_UP)
 
 
 def row(batch: int, method: str, timings: Timings) -> dict[str, Any]:
@@ -146,13 +137,13 @@ def row(batch: int, method: str, timings: Timings) -> dict[str, Any]:
 
 def stages(config: Config, console: Console) -> list[dict[str, Any]]:
     """What a step does: noise, forward, loss, tail backward, update, in both precisions."""
-    given = breakdown.BreakdownConfig(
+    given = step_times.BreakdownConfig(
         batches=config.batches, device="cpu", threads=config.threads, rounds=config.rounds
     )
     found = []
     for batch in config.batches:
-        measured = breakdown.measure(given, batch, console)
-        found += [breakdown.row(name, batch, timings) for name, timings in measured.items()]
+        measured = step_times.measure(given, batch, console)
+        found += [step_times.row(name, batch, timings) for name, timings in measured.items()]
     return found
 
 
@@ -181,7 +172,7 @@ def table(rows: list[dict[str, Any]], memory: list[dict[str, Any]]) -> Table:
 
 def main(config: Config) -> None:
     torch.set_num_threads(config.threads)
-    console = Console(highlight=False, soft_wrap=True)
+    console = plain_console()
     if config.reduced:
         config = replace(config, batches=(8,), rounds=3)
         console.print("reduced: these times are no measurements")
@@ -206,9 +197,7 @@ def main(config: Config) -> None:
         "memory": memory,
         "memory_meaning": " ".join((int8_step_memory.__doc__ or "").split()),
         "static": int8_step_memory.static_figures(),
-        "hardware": hardware(torch.device("cpu")),
-        "versions": versions(),
-        "commit": commit(),
+        **made_on(torch.device("cpu")),
     }
     write_json(config.out, written)
     console.print(f"wrote {config.out}", markup=False)

@@ -7,7 +7,7 @@ in numba, lie for INT8 one row of a weight while it is packed (at most 5.4 KiB o
 largest sums of the channels (1 KiB) and 64 KiB of noise during the update, when the activations
 are gone; for FP32 as much in chunks of noise.
 
-Static: the paper's formulas (experiments/static_memory.py), every buffer held all the time.
+Static: the paper's formulas (experiments/studies/static_memory.py), every buffer held all the time.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from elasticzo.int8 import Int8Tensor, quantize
 from elasticzo.int8.memory import int8_training_memory
 from elasticzo.memory import training_memory
 from elasticzo.models import LeNet5
-from experiments.benchmarks.int8_steps import PAIRINGS, TAILS, Fp32Step, Int8Step
-from experiments.memory import recorded_peak
-from experiments.static_memory import sizes, static_bytes
+from experiments.benchmarks.int8_steps import PAIRINGS, Fp32Step, Int8Step
+from experiments.studies.networks import TAILS
+from experiments.studies.static_memory import sizes, static_bytes
+from experiments.train.memory import recorded_peak
 
 STATIC_BATCHES = (32, 256)
 
@@ -79,6 +80,3 @@ def static_figures() -> dict[str, float]:
         found[f"ratio-{batch}"] = full / int8
         found[f"cls2-{batch}-percent"] = 100 * (tail / full - 1)
     return found
-
-
-__all__ = ["rows", "static_figures"]

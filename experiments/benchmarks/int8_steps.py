@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from elasticzo import ZOSGD, ElasticZO, pair_losses
 from elasticzo.int8 import ElasticZOInt8, Int8Tensor, Int8ZO, quantize
 from elasticzo.models import LeNet5
-from experiments.memory_model import TAILS
+from experiments.studies.networks import TAILS
 from zo_kernels import perturbed_weights
 
 EPS, LR = 1e-2, 1e-6
@@ -84,6 +84,7 @@ class TorchStep:
 def float64_losses(step: Fp32Step, x: Tensor, y: Tensor) -> Tensor:
     """Of the next step, from its own perturbed weights."""
     model = step.model
+    key = torch.tensor([model.seed, model.step_index])
     head = set(model.cut.head_parameters)
     found = []
     for half in range(1 if model.cut.everything else 2):
@@ -92,7 +93,7 @@ def float64_losses(step: Fp32Step, x: Tensor, y: Tensor) -> Tensor:
             halves = p.detach()[None].expand(2, *p.shape)
             if name in head:
                 eps = torch.tensor(EPS, dtype=torch.float64)
-                halves = perturbed_weights(p.detach(), model._key, eps, tensor=tensor)
+                halves = perturbed_weights(p.detach(), key, eps, tensor=tensor)
             weights[name] = halves[half].double()
         logits = torch.func.functional_call(model.module, weights, x.double())
         found.append(F.cross_entropy(logits, y))
@@ -117,16 +118,3 @@ def verify(method: str, memory_format: torch.memory_format, pairing: str) -> Non
         states.append(run.model.state_dict())
     if not all(torch.equal(w, states[1][name]) for name, w in states[0].items()):
         raise SystemExit(f"{method}: INT8 weights differ from the reference's")
-
-
-__all__ = [
-    "FORMATS",
-    "PAIRINGS",
-    "TAILS",
-    "Fp32Step",
-    "Int8Step",
-    "TorchStep",
-    "images",
-    "network",
-    "verify",
-]

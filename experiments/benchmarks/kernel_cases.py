@@ -288,6 +288,3 @@ def all_cases(bench: Bench) -> Iterator[Case]:
     yield from layer_norms(s, 8192, 4096)
     yield from batch_norms(s, 256, 64, 32)
     yield from losses(s, 8192, 1000)
-
-
-__all__ = ["all_cases"]

@@ -19,7 +19,7 @@ from elasticzo.precision import vendor_precision
 from experiments.benchmarks.cases import Case
 from experiments.benchmarks.kernel_cases import all_cases
 from experiments.benchmarks.section import Bench, Refused, Row, require, usable
-from experiments.benchmarks.timing import Contestant, Graphed, cache_bytes, sets_for
+from experiments.timing import Contestant, Graphed, cache_bytes, sets_for
 from zo_kernels.paths import device_named
 
 COPIED = 1 << 30
@@ -140,6 +140,3 @@ def table(result: Row) -> Table:
         time = f"{least['time']['us']:.4g}"
         found.add_row(kernel, str(len(own)), *parts, least["case"], least["bound"], time)
     return found
-
-
-__all__ = ["floor_of", "peaks", "run", "table", "time_case"]

@@ -19,7 +19,7 @@ from rich.table import Table
 from elasticzo import ZOSGD, ElasticZO, pair_losses
 from experiments.benchmarks.models import DTYPES, Subject, subjects
 from experiments.benchmarks.section import Bench, Refused, Row, usable
-from experiments.memory import recorded_peak
+from experiments.train.memory import recorded_peak
 
 BATCH = 256
 
@@ -164,6 +164,3 @@ def table(result: Row) -> Table:
         }
         found.add_row(*cell, *(own.get((m.name, m.pairing), "") for m in forms))
     return found
-
-
-__all__ = ["METHODS", "Method", "peak", "run", "table"]

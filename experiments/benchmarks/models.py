@@ -157,15 +157,3 @@ class MeZOLoop:
         g = (plus - minus) / (2 * self.eps)
         self._walk(3, -self.lr * g if self.captured else -self.lr * float(g))
         return plus
-
-
-__all__ = [
-    "DTYPES",
-    "NAMES",
-    "MeZOLoop",
-    "Subject",
-    "mlp",
-    "products",
-    "subjects",
-    "weight_scale",
-]

@@ -22,7 +22,7 @@ from elasticzo.precision import vendor_precision
 from experiments.benchmarks.cases import NOISES, Case, Shared
 from experiments.benchmarks.product_cases import Product, convolution, linear
 from experiments.benchmarks.section import COMPILED_ROWS, Bench, Row, usable
-from experiments.benchmarks.timing import Graphed, percentiles, sets_for
+from experiments.timing import Graphed, percentiles, sets_for
 from zo_kernels.paths import Work, choose, device_named, seconds
 
 ROWS = (16, 64, 256, 1024, 4096, 16384, 65536)
@@ -182,6 +182,3 @@ def table(result: Row) -> Table:
         cells = [layer, kind, noise, str(len(own)), str(right), f"{worst['regret']:.3g}", where]
         found.add_row(*cells)
     return found
-
-
-__all__ = ["Cell", "cells", "run", "table", "time_cell"]

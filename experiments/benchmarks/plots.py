@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.benchmarks.section import Row, usable
-from experiments.plots import pyplot, save
+from experiments.train.plots import pyplot, save
 
 TARGET = 97  # % of two inference passes
 
@@ -153,6 +153,3 @@ def draw(section: str, result: dict[str, Any], folder: Path) -> Path | None:
     path = folder / f"{section}.png"
     function(path, result)
     return path
-
-
-__all__ = ["draw"]

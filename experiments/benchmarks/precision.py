@@ -153,6 +153,3 @@ def table(result: Row) -> Table:
         own = {r["eps"]: r["error"] for r in rows if tuple(r[key] for key in keys) == cell}
         found.add_row(*cell, *(f"{own[eps]:.1e}" if eps in own else "" for eps in EPSS))
     return found
-
-
-__all__ = ["projected", "run", "slopes", "table"]

@@ -18,6 +18,7 @@ from zo_kernels._paired_linear import TILES
 from zo_kernels.paths import FUSED_NOISE
 
 Product = tuple[Tensor, Tensor, Tensor]  # x, w, bias
+Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
 END = 16  # rows at both ends of a half that are compared
 
 
@@ -28,6 +29,25 @@ def product_kinds() -> Iterator[tuple[str, str, torch.dtype]]:
     if not torch.version.hip:
         yield "tf32x3", "tf32", torch.float32
     yield "ieee", "fp32", torch.float32
+
+
+def verify(
+    s: Shared, given: Product, y: Tensor, noise: str, layer: Layer, ends: int, bound: float
+) -> float:
+    """The largest error of `ends` samples at both ends of each half. Raises: Refused."""
+    x, w, b = given
+    if not bool(torch.isfinite(y).all()):
+        raise Refused("outputs are not finite")
+    ws, bs = (
+        reference.perturbed_weights(t.double(), s.key, s.eps, tensor=i, noise=noise)
+        for i, t in ((1, w), (2, b))
+    )
+    errors = []
+    for h, of_half in enumerate(torch.arange(len(x), device=s.device).chunk(2)):
+        here = torch.cat([of_half[:ends], of_half[-ends:]])
+        exact = layer(x[here].double(), ws[h], bs[h])
+        errors.append(require(f"samples of half {h}", y[here], exact, bound))
+    return max(errors)
 
 
 def linears(s: Shared, width: int, most: int) -> Iterator[Case]:
@@ -52,22 +72,8 @@ def linear(
         places |= {"precision": precision, "backend": s.backend}
         return zk.paired_linear(*given, s.key, s.eps, **places)
 
-    def verify(given: Product, run: Callable[[Product], Tensor] = call) -> float:
-        x, w, b = given
-        y = run(given)
-        if not bool(torch.isfinite(y).all()):
-            raise Refused("outputs are not finite")
-        halves = [
-            reference.perturbed_weights(t.double(), s.key, s.eps, tensor=i, noise=noise)
-            for i, t in ((1, w), (2, b))
-        ]
-        errors = []
-        for h in (0, 1):
-            of_half = torch.arange(h * rows, (h + 1) * rows, device=s.device)
-            here = torch.cat([of_half[:END], of_half[-END:]])
-            exact = F.linear(x[here].double(), halves[0][h], halves[1][h])
-            errors.append(require(f"rows of half {h}", y[here], exact, BOUNDS[kind]))
-        return max(errors)
+    def check(given: Product, run: Callable[[Product], Tensor] = call) -> float:
+        return verify(s, given, run(given), noise, F.linear, END, BOUNDS[kind])
 
     size, item = width * width, dtype.itemsize
     products = 4.0 * rows * size * (3 if kind == "tf32x3" else 1)
@@ -76,7 +82,7 @@ def linear(
         f"{rows}x{width}x{width} {kind} {noise}",
         make,
         call,
-        verify,
+        check,
         size * item + 4 * rows * width * item,
         flops=products,
         kind=unit,
@@ -127,22 +133,8 @@ def convolution(
         y = F.conv2d(x, w, b, padding=1)
         return F.max_pool2d(y.relu(), 2) if after else y
 
-    def verify(given: Product, run: Callable[[Product], Tensor] = call) -> float:
-        x, w, b = given
-        y = run(given)
-        if not bool(torch.isfinite(y).all()):
-            raise Refused("outputs are not finite")
-        halves = [
-            reference.perturbed_weights(t.double(), s.key, s.eps, tensor=i, noise=noise)
-            for i, t in ((1, w), (2, b))
-        ]
-        errors = []
-        for h in (0, 1):
-            of_half = torch.arange(h * batch, (h + 1) * batch, device=s.device)
-            here = torch.cat([of_half[:1], of_half[-1:]])
-            exact = plain(x[here].double(), halves[0][h], halves[1][h])
-            errors.append(require(f"images of half {h}", y[here], exact, BOUNDS[kind]))
-        return max(errors)
+    def check(given: Product, run: Callable[[Product], Tensor] = call) -> float:
+        return verify(s, given, run(given), noise, plain, 1, BOUNDS[kind])
 
     places, count = batch * size * size, 9 * channels * channels
     products = 4.0 * places * count * (3 if kind == "tf32x3" else 1)
@@ -153,7 +145,7 @@ def convolution(
         f"{batch}x{channels}x{size}x{size} 3x3 {kind} {noise}{' relu pool' if after else ''}",
         make,
         call,
-        verify,
+        check,
         int(moved * dtype.itemsize),
         flops=products,
         kind=unit,
@@ -163,6 +155,3 @@ def convolution(
         vendor=lambda given: [plain(x, given[1], given[2]) for x in given[0].chunk(2)],
         vendor_what="both convolutions and what follows, weights not perturbed",
     )
-
-
-__all__ = ["Product", "convolution", "convolutions", "linear", "linears"]

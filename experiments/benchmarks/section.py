@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.benchmarks.timing import Contestant, Timings, measure
+from experiments.timing import Contestant, Timings, measure
 
 Row = dict[str, Any]
 COMPILED_ROWS = 4096  # kernels are the same for more of them
@@ -165,17 +165,3 @@ def out_of_memory(error: Exception) -> bool:
 def usable(rows: list[Row], key: str) -> list[Row]:
     """The rows that have a measurement."""
     return [row for row in rows if key in row]
-
-
-__all__ = [
-    "BOUNDS",
-    "COMPILED_ROWS",
-    "Bench",
-    "Refused",
-    "Row",
-    "Warmed",
-    "poisoned",
-    "relative_error",
-    "require",
-    "usable",
-]

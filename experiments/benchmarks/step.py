@@ -23,7 +23,7 @@ from experiments.benchmarks.contestants import (
 )
 from experiments.benchmarks.models import DTYPES, Subject, subjects
 from experiments.benchmarks.section import COMPILED_ROWS, Bench, Refused, Row, usable
-from experiments.benchmarks.timing import Contestant
+from experiments.timing import Contestant
 
 BATCHES = (1, 16, 256, 4096, 65536)
 FIRST = (65536, 16, 4096, 1, 256)  # the most telling ones, in case the time runs out
@@ -155,6 +155,3 @@ COLUMNS = ("full-zo-normal", "full-zo-normal-deferred", "full-zo-rademacher", "c
 
 def _percent(row: Row, key: str, factor: float = 100) -> str:
     return f"{factor * row[key]['median']:.3g}" if key in row else ""
-
-
-__all__ = ["BATCHES", "MAIN", "OTHERS", "contest", "run", "table"]

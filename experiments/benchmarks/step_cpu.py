@@ -7,8 +7,6 @@ ratios of each round. JSON goes to `experiments/results/step_cpu.json`.
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +14,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import tyro
-from torch import Tensor, nn
 
 from elasticzo import ZOSGD, ElasticZO, pair_losses
 from elasticzo.models import LeNet5
-from experiments.environment import commit, hardware, versions
-from experiments.folder import write_json
+from experiments.benchmarks.models import MeZOLoop
+from experiments.files import write_json
+from experiments.timing import Contestant, in_turn
+from experiments.train.environment import made_on
 from zo_kernels import perturbed_weights, sample, update_
 
 EPS, LR = 1e-3, 1e-6
@@ -40,34 +39,6 @@ class Config:
     """CPU threads of torch."""
     out: Path = RESULT
     """Where the JSON goes."""
-
-
-class MeZOStyle:
-    """The published loop (Malladi et al. 2023, algorithm 1) in our own words: perturb in place by
-    +eps, -2 eps, +eps from a re-seeded generator, then the update from the same seed."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.params = list(model.parameters())
-        self.step_seed = 0
-
-    def _walk(self, scale: float) -> None:
-        generator = torch.Generator().manual_seed(self.step_seed)
-        for p in self.params:
-            z = torch.normal(0.0, 1.0, p.shape, generator=generator)
-            p.add_(z, alpha=scale)
-
-    @torch.no_grad()
-    def step(self, x: Tensor, y: Tensor) -> float:
-        self.step_seed += 1
-        self._walk(EPS)
-        plus = F.cross_entropy(self.model(x), y)
-        self._walk(-2 * EPS)
-        minus = F.cross_entropy(self.model(x), y)
-        self._walk(EPS)
-        g = ((plus - minus) / (2 * EPS)).item()
-        self._walk(-LR * g)
-        return g
 
 
 def verify() -> None:
@@ -93,7 +64,7 @@ def contestants(batch: int) -> dict[str, Callable[[], object]]:
     x, y = torch.randn(batch, 1, 28, 28), torch.randint(0, 10, (batch,))
     x2 = torch.cat([x, x])
     plain = LeNet5().eval()
-    mezo = MeZOStyle(LeNet5().eval())
+    mezo = MeZOLoop(LeNet5().eval(), EPS, LR)
     model = ElasticZO(LeNet5(), tail=0, eps=EPS).train()
     zo = ZOSGD(model, lr=LR)
 
@@ -121,18 +92,13 @@ def contestants(batch: int) -> dict[str, Callable[[], object]]:
 
 def measure(batch: int, rounds: int) -> dict[str, float]:
     """Median milliseconds of each contestant, and medians of the paired ratios."""
-    runs = contestants(batch)
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for i in range(rounds + 20):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if i >= 20:  # warm-up: compilation, caches, the first forward's checks
-                times[name].append(time.perf_counter() - start)
-    result = {f"{name}_ms": 1e3 * statistics.median(t) for name, t in times.items()}
+    runs = {name: (lambda i, run=run: run()) for name, run in contestants(batch).items()}
+    # Warm-up: compilation, caches, the first forward's checks.
+    times = in_turn(runs, range(rounds + 20), warm_up=20)
+    result = {f"{name}_ms": 1e3 * times.median(name) for name in runs}
     for name in ("elasticzo_step", "mezo_style_step", "one_double_forward"):
-        ratios = [a / b for a, b in zip(times[name], times["two_forwards"], strict=True)]
-        result[f"{name}_over_two_forwards"] = statistics.median(ratios)
+        ratio = times.ratio(name, "two_forwards")["median"]
+        result[f"{name}_over_two_forwards"] = ratio
     return result
 
 
@@ -142,23 +108,17 @@ def noise_costs(rounds: int) -> dict[str, float]:
     w = torch.randn(1000, 1024)
     key, eps = torch.tensor([0, 0]), torch.tensor(EPS, dtype=torch.float64)
     one, skip = torch.ones(1, dtype=torch.float64), torch.zeros(())
-    runs: dict[str, Callable[[], object]] = {
-        "normal": lambda: sample(w.shape, key, tensor=0),
-        "sign": lambda: sample(w.shape, key, tensor=0, noise="rademacher"),
-        "both_halves": lambda: perturbed_weights(w, key, eps, tensor=0),
-        "update": lambda: update_(
+    runs: dict[str, Contestant] = {
+        "normal": lambda i: sample(w.shape, key, tensor=0),
+        "sign": lambda i: sample(w.shape, key, tensor=0, noise="rademacher"),
+        "both_halves": lambda i: perturbed_weights(w, key, eps, tensor=0),
+        "update": lambda i: update_(
             [w], key, 0 * one, one, 0 * one, skip, tensors=[0], groups=[0], scales=[1.0]
         ),
-        "torch_randn": lambda: torch.randn(w.shape),
+        "torch_randn": lambda i: torch.randn(w.shape),
     }
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for i in range(rounds + 5):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if i >= 5:
-                times[name].append(time.perf_counter() - start)
-    return {name: 1e9 * statistics.median(t) / w.numel() for name, t in times.items()}
+    times = in_turn(runs, range(rounds + 5), warm_up=5)
+    return {name: 1e9 * times.median(name) / w.numel() for name in runs}
 
 
 def main(config: Config) -> None:
@@ -178,9 +138,7 @@ def main(config: Config) -> None:
     command = "python -m experiments.benchmarks.step_cpu"
     written = {
         "command": command,
-        "commit": commit(),
-        "versions": versions(),
-        "hardware": hardware(torch.device("cpu")),
+        **made_on(torch.device("cpu")),
         "ns_per_weight": noise,
         "batches": rows,
     }

@@ -14,17 +14,15 @@ from types import ModuleType
 
 import torch
 import tyro
-from rich.console import Console
 
-from experiments.environment import commit, hardware, use_threads, versions
+from experiments.commands import plain_console, run_command
 from experiments.estimator import cosine, eps, noise, queries, tail
 from experiments.estimator.bench import COMMAND, Bench, Result
 from experiments.estimator.plots import DRAW
 from experiments.estimator.settings import EstimatorConfig
-from experiments.folder import read_json, write_json
-from experiments.study import bar, options, without_places
-from experiments.train import REFUSED, USAGE_ERROR
-from experiments.training import Interrupted
+from experiments.files import read_json, write_json
+from experiments.studies.study import bar, options, without_places
+from experiments.train.environment import made_on, use_threads
 
 RUN: dict[str, ModuleType] = {
     "cosine": cosine,
@@ -64,9 +62,7 @@ def run(bench: Bench) -> Path:
             "cpu_seconds": round(time.process_time() - start, 1),
             "command": f"{command(config)} --only {name}",
             "seeds": list(range(config.seeds)),
-            "hardware": hardware(device),
-            "versions": versions(),
-            "commit": commit(),
+            **made_on(device),
         }
         summary = {
             "command": command(config),
@@ -85,8 +81,9 @@ def run(bench: Bench) -> Path:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, report; the exit status as that of the training command."""
     config = tyro.cli(EstimatorConfig, args=arguments, prog=COMMAND)
-    console = Console(highlight=False, soft_wrap=True)
-    try:
+    console = plain_console()
+
+    def work() -> Path:
         if config.seeds < 1:
             raise ValueError(f"seeds must be at least 1, got {config.seeds}")
         use_threads(config.threads)
@@ -94,15 +91,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             bench = Bench(config, console, progress, progress.add_task("forward passes", total=1))
             total = sum(RUN[name].passes(bench) for name in config.only)
             progress.update(bench.whole, total=total)
-            path = run(bench)
-    except REFUSED as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USAGE_ERROR
-    except Interrupted as stop:
-        console.print(f"{stop}; the same command goes on", markup=False)
-        return 128 + stop.signal.value
-    console.print(f"written: {path}.json and .png", markup=False)
-    return 0
+            return run(bench)
+
+    def finish(path: Path) -> None:
+        console.print(f"written: {path}.json and .png", markup=False)
+
+    return run_command(work, finish, console)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from elasticzo.checkpoint import load_checkpoint
-from experiments.config import Method, TrainConfig
 from experiments.estimator.probe import Probe, stats
 from experiments.estimator.settings import EstimatorConfig, Sizes, sizes_of
-from experiments.folder import CHECKPOINT, METRICS, read_metrics
-from experiments.learner import Learner, load_data
-from experiments.resolve import library_tail
-from experiments.study import in_own_folder, run_all
+from experiments.studies.study import in_own_folder, run_all, shared
+from experiments.train.config import Method, TrainConfig
+from experiments.train.data import load_data
+from experiments.train.folder import CHECKPOINT, METRICS, read_metrics
+from experiments.train.learner import FloatLearner
+from experiments.train.network import library_tail
 
 COMMAND = "python -m experiments.estimator"
 STATES = ("untrained", "trained")
@@ -57,16 +58,12 @@ class Bench:
     def short(self, method: Method, seed: int = 0, **changes: Any) -> TrainConfig:
         """A short run of the method's recipe on held-out images, in its folder."""
         config, sizes = self.config, self.sizes
-        settings: dict[str, Any] = {
-            "data": config.data,
-            "data_dir": config.data_dir,
+        settings = shared(config) | {
             "train_images": sizes.train_images,
             "hold_out": sizes.hold_out,
             "batch_size": sizes.batch,
             "epochs": sizes.epochs,
             "eval_epochs": sizes.epochs,
-            "device": config.device,
-            "threads": config.threads,
         }
         made = TrainConfig(method=method, seed=seed, **settings | changes)
         return in_own_folder(made, config.out / config.data)
@@ -103,18 +100,18 @@ class Bench:
         steps = self.sizes.train_images // self.sizes.batch * self.sizes.epochs
         return settings * self.config.seeds * steps * 2 * queries
 
-    def learner(self, method: Method, state: str) -> Learner:
+    def learner(self, method: Method, state: str) -> FloatLearner:
         """What a run of seed 0 learns with, "untrained" or after the short run ("trained")."""
         run = self.short(method)
         if state == "trained":
             run_all({method: run}, COMMAND, Console(quiet=True), self.progress)
-        learner = Learner(run, load_data(run))
+        learner = FloatLearner(run, load_data(run))
         if state == "trained":
             assert isinstance(run.out, Path)
             learner.load(load_checkpoint(run.out / CHECKPOINT))
         return learner
 
-    def probe(self, learner: Learner) -> Probe:
+    def probe(self, learner: FloatLearner) -> Probe:
         """Its network and the first batch of the next epoch's order."""
         config = learner.config
         assert config.tail is not None
@@ -125,12 +122,12 @@ class Bench:
         return Probe(net, library_tail(config.tail), x, y, cross_entropy)
 
 
-def batch(learner: Learner, number: int) -> tuple[Tensor, Tensor]:
+def batch(learner: FloatLearner, number: int) -> tuple[Tensor, Tensor]:
     """A batch of the run's order, counted from the learner's present step."""
     return learner.inputs.train(learner.step_index + number)
 
 
-def variants(learner: Learner) -> dict[str, dict[str, Any]]:
+def variants(learner: FloatLearner) -> dict[str, dict[str, Any]]:
     """Perturbations to compare: the recipe's, its eps without scales, and a small eps."""
     config = learner.config
     assert config.scale is not None
@@ -139,6 +136,3 @@ def variants(learner: Learner) -> dict[str, dict[str, Any]]:
         "no scales": {"eps": config.eps, "scale": {}},
         "no scales, eps 1e-3": {"eps": 1e-3, "scale": {}},
     }
-
-
-__all__ = ["COMMAND", "STATES", "Bench", "batch", "passes_of", "variants"]

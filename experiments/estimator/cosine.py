@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from experiments.config import Method
 from experiments.estimator import theory
 from experiments.estimator.bench import STATES, Bench, Result, variants
 from experiments.estimator.probe import cosines, stats
+from experiments.train.config import Method
 
 METHODS: tuple[Method, ...] = ("full-zo", "cls2")
 VARIANTS = 3
@@ -49,6 +49,3 @@ def run(bench: Bench) -> Result:
         "scale": {method: bench.short(method).scale for method in METHODS},
         "rows": rows,
     }
-
-
-__all__ = ["METHODS", "passes", "run"]

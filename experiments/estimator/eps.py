@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from experiments.config import Method
 from experiments.estimator.bench import STATES, Bench, Result
 from experiments.estimator.probe import Probe, stats
+from experiments.train.config import Method
 
 METHODS: tuple[Method, ...] = ("full-zo", "cls2")
 KINDS = ("fp32", "bf16", "round-off", "curvature")
@@ -94,6 +94,3 @@ def in_bf16(probe: Probe, given: Result) -> Tensor | None:
         if "vanishes" not in str(error):
             raise
         return None
-
-
-__all__ = ["KINDS", "METHODS", "passes", "run"]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from experiments.config import Method
 from experiments.estimator import theory
 from experiments.estimator.bench import STATES, Bench, Result
 from experiments.estimator.probe import Probe, cosines, stats
+from experiments.train.config import Method
 
 METHODS: tuple[Method, ...] = ("full-zo", "cls2")
 NOISES = ("normal", "rademacher")
@@ -70,6 +70,3 @@ def cosine_of(bench: Bench, probe: Probe, noise: str, given: Result) -> list[Res
         for (layer, q), values in found.items()
         if layer == "head"
     ]
-
-
-__all__ = ["METHODS", "NOISES", "passes", "run"]

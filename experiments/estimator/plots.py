@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.plots import pyplot, save
+from experiments.train.plots import pyplot, save
 
 Result = dict[str, Any]
 NAMES = {"full-zo": "Full ZO", "cls2": "ZO-Feat-Cls2", "cls1": "ZO-Feat-Cls1"}
@@ -232,5 +232,3 @@ DRAW: dict[str, Callable[[Path, str, Result], None]] = {
     "eps": draw_eps,
     "tail": draw_tail,
 }
-
-__all__ = ["DRAW"]

@@ -205,6 +205,3 @@ def cosines(
             sums[level].zero_()
         told(2)
     return found
-
-
-__all__ = ["Loss", "Probe", "along", "cosines", "gradient_of", "stats"]

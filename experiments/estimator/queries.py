@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from experiments.config import Method, TrainConfig
 from experiments.estimator.bench import Bench, Result, passes_of
 from experiments.estimator.probe import stats
+from experiments.train.config import Method, TrainConfig
 
 METHODS: tuple[Method, ...] = ("full-zo", "cls2")
 POWER = 0.75  # of q, in the middle of the grid of learning rates
@@ -81,6 +81,3 @@ def _curve(bench: Bench, runs: list[TrainConfig]) -> list[Result]:
             spent = line["step"] * 2 * one.queries
             by_passes.setdefault(spent, []).append(line["test_accuracy"])
     return [{"passes": spent, **stats(values)} for spent, values in by_passes.items()]
-
-
-__all__ = ["METHODS", "passes", "run"]

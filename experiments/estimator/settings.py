@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from experiments.accuracy import RESULTS
+from experiments.commands import RESULTS
 
 Section = Literal["cosine", "queries", "noise", "eps", "tail"]
 SECTIONS: tuple[Section, ...] = ("cosine", "queries", "noise", "eps", "tail")
@@ -94,6 +94,3 @@ REDUCED = Sizes(
 
 def sizes_of(config: EstimatorConfig) -> Sizes:
     return REDUCED if config.reduced else Sizes()
-
-
-__all__ = ["REDUCED", "SECTIONS", "EstimatorConfig", "Section", "Sizes", "sizes_of"]

@@ -12,10 +12,10 @@ from torch.nn.functional import cross_entropy
 
 from elasticzo import ZOSGD, pair_losses
 from elasticzo.losses import select_source
-from experiments.config import Method
 from experiments.estimator.bench import STATES, Bench, Result, batch
 from experiments.estimator.probe import along, gradient_of, stats
-from experiments.learner import Learner
+from experiments.train.config import Method
+from experiments.train.learner import FloatLearner
 
 METHODS: tuple[Method, ...] = ("cls2", "cls1")
 SOURCES = ("plus", "minus", "mean", "clean")
@@ -45,7 +45,7 @@ def run(bench: Bench) -> Result:
     }
 
 
-def compared(bench: Bench, learner: Learner) -> list[Result]:
+def compared(bench: Bench, learner: FloatLearner) -> list[Result]:
     """Cosines and relative errors of each source over batches, a new z each."""
     model, names = learner.model, [n for n, _ in learner.model.named_tail_parameters()]
     zo = ZOSGD(model, lr=0.0)
@@ -77,6 +77,3 @@ def compared(bench: Bench, learner: Learner) -> list[Result]:
 
 def flat(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
     return torch.cat([t.flatten() for t in tensors])
-
-
-__all__ = ["METHODS", "SOURCES", "compared", "passes", "run"]

@@ -51,6 +51,3 @@ def cosine(parts: Sequence[Part], head: Sequence[Part], queries: int, noise: str
     norm = math.sqrt(sum(part.norm**2 for part in parts))
     length = math.sqrt(squared_norm(parts, head, queries, noise))
     return dot / (length * norm) if dot else 0.0
-
-
-__all__ = ["FOURTH", "Part", "cosine", "squared_norm", "variance_of_g"]

@@ -18,17 +18,17 @@ from typing import Any, Literal
 import tyro
 from rich.console import Console
 
-from experiments.accuracy import RESULTS
-from experiments.config import Data
-from experiments.folder import RESULT, read_json
-from experiments.learner import load_data
-from experiments.paper.cells import Arithmetic, Cell, needs
+from experiments.commands import RESULTS, plain_console, run_command
+from experiments.files import read_json
+from experiments.paper.cells import Cell, needs
 from experiments.paper.plan import Filter, Plan
 from experiments.paper.pool import Pool, Stopped
-from experiments.paper.presets import PRESETS
+from experiments.paper.presets import PRESETS, Arithmetic
 from experiments.paper.progress import Meter
 from experiments.paper.results import command, write
-from experiments.train import REFUSED, USAGE_ERROR
+from experiments.train.config import Data
+from experiments.train.data import load_data
+from experiments.train.folder import RESULT
 
 WRITE_EVERY = 60.0  # seconds between two writings of the results
 
@@ -149,16 +149,23 @@ def _sets(config: PaperConfig) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, report; 1 where a run failed, else the training command's status."""
     config = tyro.cli(PaperConfig, args=arguments, prog="python -m experiments.paper")
-    console = Console(highlight=False, soft_wrap=True)
-    try:
+    console = plain_console()
+
+    def work() -> Study:
         plan = Plan(PRESETS[config.preset], config.data_dir, config.out)
         for name in _sets(config):  # a missing file is told before the first run
             load_data(plan.base(next(c for c in plan.cells if c.data == name)))
         study = Study(plan, config.results, console)
         study.run(Filter(config.only, config.sets, config.arithmetics), config.processes)
-    except REFUSED as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USAGE_ERROR
+        return study
+
+    def finish(study: Study) -> int:
+        for cell, why in study.failed.items():
+            console.print(f"failed: {cell}: {why}", markup=False)
+        return 1 if study.failed else 0
+
+    try:
+        return run_command(work, finish, console)
     except BrokenProcessPool:  # of one run alone the others would not know
         print("error: a run's process was killed (is there memory for --processes?); the same "
               "command goes on", file=sys.stderr)  # fmt: skip
@@ -166,9 +173,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (Stopped, KeyboardInterrupt):
         console.print("interrupted; the same command goes on", markup=False)
         return 130
-    for cell, why in study.failed.items():
-        console.print(f"failed: {cell}: {why}", markup=False)
-    return 1 if study.failed else 0
 
 
 if __name__ == "__main__":

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    from experiments.paper.presets import Preset, Task
+from experiments.paper.presets import Arithmetic, Preset, Task
 
-Arithmetic = Literal["fp32", "int8", "int8-float"]
 Section = Literal["tuning", "grid", "pretraining", "finetune-tuning", "finetune"]
 
-# int8 takes the sign of the integer loss, int8-float that of the loss in float64.
-ARITHMETICS: tuple[Arithmetic, ...] = ("fp32", "int8", "int8-float")
 # What uses the sign of a loss difference; all others are the same run with either loss.
 WITH_HEAD = ("full-zo", "cls2", "cls1")
 TUNING_SEED = 100  # the first; no seed of the grid
@@ -149,21 +145,3 @@ def with_needs(wanted: Iterable[Cell], cells: Sequence[Cell]) -> list[Cell]:
 def row(cell: Cell) -> dict[str, Any]:
     """The cell as a line of the results states it."""
     return {k: v for k, v in vars(cell).items() if v is not None}
-
-
-__all__ = [
-    "ARITHMETICS",
-    "TUNING_SEED",
-    "WAVES",
-    "WITH_HEAD",
-    "Arithmetic",
-    "Cell",
-    "Section",
-    "all_cells",
-    "needs",
-    "row",
-    "source",
-    "trials",
-    "tuned_cells",
-    "with_needs",
-]

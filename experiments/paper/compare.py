@@ -8,9 +8,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from experiments.accuracy import CONTROLS, METHODS
-from experiments.folder import read_json
-from experiments.paper.cells import ARITHMETICS, WITH_HEAD
+from experiments.files import read_json
+from experiments.paper.cells import WITH_HEAD
+from experiments.paper.presets import ARITHMETICS
+from experiments.train.recipes import CONTROLS, METHODS
 
 METHOD_TITLES: Mapping[str, str] = {
     "full-zo": "Full ZO",
@@ -209,21 +210,3 @@ def gain_text(value: Mean | None, seeds: int) -> str:
 def _spread(spread: float | None, n: int, seeds: int) -> str:
     shown = "" if spread is None else f" ± {spread:.2f}"
     return shown + ("" if n == seeds else f" ({n})")
-
-
-__all__ = [
-    "ARITHMETIC_TITLES",
-    "DATA_TITLES",
-    "METHOD_TITLES",
-    "MODEL_TITLES",
-    "SHORT_TITLES",
-    "Mean",
-    "Runs",
-    "Scene",
-    "accuracy_text",
-    "gain_text",
-    "mean_of",
-    "paired",
-    "read_studies",
-    "same_run",
-]

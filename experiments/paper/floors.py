@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.accuracy import CONTROLS
-from experiments.folder import read_json
+from experiments.files import read_json
 from experiments.paper.compare import (
     ARITHMETIC_TITLES,
     DATA_TITLES,
@@ -22,6 +21,7 @@ from experiments.paper.compare import (
     Scene,
     gain_text,
 )
+from experiments.train.recipes import CONTROLS
 
 GAIN = 5.2  # points over Full ZO
 ERRORS = 2.0  # standard errors over the control
@@ -115,7 +115,7 @@ def overhead(curve: Mapping[str, Any]) -> float | None:
 
 def grid_overheads(folder: Path) -> dict[str, list[float]]:
     """Measured peak of Cls2 over that of Full ZO, less 1, by network: of every batch, pairing and
-    tail optimiser of `experiments.memory_model`."""
+    tail optimiser of `experiments.studies.memory_model`."""
     path = folder / "memory_model.json"
     rows = read_json(path)["rows"] if path.exists() else []
     full = {(r["network"], r["batch"], r["pairing"]): r for r in rows if r["method"] == "full-zo"}
@@ -163,18 +163,3 @@ def _curve_title(curve: Mapping[str, Any]) -> str:
 
 def _points(gain: Mean) -> str:
     return f"{gain_text(gain, gain.n)} (n = {gain.n})"
-
-
-__all__ = [
-    "ERRORS",
-    "GAIN",
-    "MEMORY",
-    "Floor",
-    "control_floor",
-    "elastic_curves",
-    "floors",
-    "gain_floor",
-    "grid_overheads",
-    "memory_floors",
-    "overhead",
-]

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from experiments.config import TrainConfig
 from experiments.paper import cells as names
 from experiments.paper.cells import Cell
 from experiments.paper.presets import Preset
 from experiments.paper.tuning import Changes, candidates, choose
-from experiments.resolve import resolve
-from experiments.study import in_own_folder
+from experiments.studies.study import in_own_folder
+from experiments.train.config import TrainConfig
+from experiments.train.resolve import resolve
 
 Results = Mapping[Cell, Mapping[str, Any]]
 
@@ -144,6 +144,3 @@ class Plan:
 def _public(cell: Cell) -> str:
     """The section by which a person asks for it."""
     return {"finetune-tuning": "tuning", "pretraining": "grid"}.get(cell.section, cell.section)
-
-
-__all__ = ["Plan", "Results"]

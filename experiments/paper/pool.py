@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from experiments.config import TrainConfig
+from experiments.commands import Interrupted, StopSignals
 from experiments.paper.cells import Cell
-from experiments.report import Reporter
-from experiments.training import Interrupted, StopSignals, train
+from experiments.train.config import TrainConfig
+from experiments.train.report import Reporter
+from experiments.train.run import train
 
 Outcome = tuple[str, Any]  # "done" and the result, "failed" and why, or "stopped" and None
 Ticks = Callable[[Cell, int], None]
@@ -131,6 +132,3 @@ class Pool:
         finally:
             stop.set()
             executor.shutdown(cancel_futures=True)
-
-
-__all__ = ["Outcome", "Pool", "Stopped"]

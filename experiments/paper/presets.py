@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from elasticzo.data import CLOUD_SETS
-from experiments.accuracy import METHODS
-from experiments.config import Data, Method, Model
-from experiments.paper.cells import ARITHMETICS, Arithmetic
+from experiments.train.config import Data, Method, Model
+from experiments.train.recipes import METHODS
+
+Arithmetic = Literal["fp32", "int8", "int8-float"]
+# int8 takes the sign of the integer loss, int8-float that of the loss in float64.
+ARITHMETICS: tuple[Arithmetic, ...] = ("fp32", "int8", "int8-float")
 
 
 @dataclass(frozen=True)
@@ -116,5 +119,3 @@ PRESETS: Mapping[str, Preset] = {
         threads=None,
     ),
 }
-
-__all__ = ["PRESETS", "Preset", "Task"]

@@ -88,6 +88,3 @@ class Meter(AbstractContextManager["Meter"]):
 
 def _kind(cell: Cell) -> tuple[str, ...]:
     return cell.model, cell.arithmetic, cell.method
-
-
-__all__ = ["Meter"]

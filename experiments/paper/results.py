@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.folder import write_json
+from experiments.files import write_json
 from experiments.paper.cells import Cell, row, trials
 from experiments.paper.plan import Plan, Results
 from experiments.paper.presets import Preset
-from experiments.study import without_places
+from experiments.studies.study import without_places
 
 MEASURED = (
     "test_accuracy",
@@ -100,6 +100,3 @@ def write(plan: Plan, results: Results, failed: Mapping[Cell, str], folder: Path
     path = folder / f"paper_{plan.preset.name}.json"
     write_json(path, summary(plan, results, failed))
     return path
-
-
-__all__ = ["command", "summary", "write"]

@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.config import TrainConfig
-from experiments.int8_config import SCHEDULES
 from experiments.paper.cells import WITH_HEAD
+from experiments.train.config import TrainConfig
+from experiments.train.fields import FIELDS
 
 # Powers of 2 of (head's rate, tail's rate), by how likely they are; the first is the recipe itself.
 HEAD = ((0, 0), (-1, 0), (1, 0), (-2, 0), (2, 0))
@@ -22,7 +22,6 @@ TAIL = ((0, 0), (0, -1), (0, 1), (0, -2), (0, 2))
 FINE_HEAD = ((0, 0), (-1, 0), (-2, 0), (1, 0), (-3, 0))
 FINE_TAIL = ((0, 0), (0, -1), (0, 1), (0, -2), (0, -3))
 FINE_BOTH = ((0, 0), (0, 1), (-2, 1), (-2, 0), (-3, 1))
-LEAST_BITS, MOST_BITS = next((low, high) for name, low, high, _ in SCHEDULES if name == "b_bp")
 
 Changes = dict[str, Any]
 
@@ -64,14 +63,10 @@ def _integers(config: TrainConfig, head: int, tail: int) -> Changes:
         moved = [(1.0 - p) * 2.0**head for p in config.p_zero]
         changes["p_zero"] = tuple(round(max(0.0, 1.0 - share), 6) for share in moved)
     if tail:
-        bits = [min(MOST_BITS, max(LEAST_BITS, b + tail)) for b in config.b_bp]
-        changes["b_bp"] = tuple(bits)
+        changes["b_bp"] = FIELDS["b_bp"].clipped(tuple(b + tail for b in config.b_bp))
     return changes
 
 
 def choose(tried: Mapping[str, Sequence[float]]) -> str:
     """The name with the highest mean accuracy; of equal ones the first."""
     return max(tried, key=lambda name: sum(tried[name]) / len(tried[name]))
-
-
-__all__ = ["candidates", "choose"]

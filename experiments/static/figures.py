@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from experiments.plots import pyplot, save
+from experiments.train.plots import pyplot, save
 from zo_kernels.paths import DEVICES, VENDOR_PART, Work, seconds
 
 FIGURE = Path(__file__).parents[2] / "docs" / "figures" / "paths.png"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from experiments.environment import commit, versions
+from experiments.files import write_text
 from experiments.static.roofline import H200
+from experiments.train.environment import commit, versions
 
 COMMAND = "python -m experiments.static"
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "static"
@@ -67,21 +67,8 @@ def read(folder: Path = RESULTS) -> dict[str, Any]:
 
 def write(folder: Path, content: Mapping[str, Any]) -> None:
     """table.json and table.md; each whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / JSON, as_json(content))
-    _replace(folder / MARKDOWN, as_markdown(content))
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(folder / JSON, as_json(content))
+    write_text(folder / MARKDOWN, as_markdown(content))
 
 
 COLUMNS = (

@@ -13,9 +13,9 @@ import torch
 pytest.importorskip("tyro")
 pytest.importorskip("sklearn")
 
-from experiments.config import TrainConfig
-from experiments.folder import RunFolder
-from experiments.training import Run
+from experiments.train.config import TrainConfig
+from experiments.train.folder import RunFolder
+from experiments.train.run import Run
 
 OF_CLOUDS = ("points", "augment", "batch_norm")  # fields that mean nothing to images
 Start = Callable[..., tuple[dict[str, Any], RunFolder]]

@@ -13,8 +13,8 @@ from pathlib import Path
 import jinja2
 import tyro
 
-from experiments.accuracy import RESULTS
-from experiments.folder import write_text
+from experiments.commands import RESULTS
+from experiments.files import write_text
 from experiments.paper.compare import read_studies
 from experiments.paper.floors import Floor, floors
 from experiments.paper.report.blocks import Cell, Kind, Row, Table

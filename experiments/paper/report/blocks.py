@@ -81,6 +81,3 @@ def made_by(content: Mapping[str, Any]) -> str:
     seeds = (one.get("seeds") for one in told)
     parts += [f"seeds {', '.join(map(str, found))}" for found in seeds if found]
     return "; ".join(dict.fromkeys(parts))
-
-
-__all__ = ["Block", "Cell", "Picture", "Row", "Table", "made_by"]

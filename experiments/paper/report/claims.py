@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.folder import read_json
+from experiments.files import read_json
 from experiments.paper.cells import WITH_HEAD
 from experiments.paper.compare import Runs
 from experiments.paper.floors import elastic_curves, grid_overheads, overhead
@@ -83,6 +83,3 @@ def _int8_rows(folder: Path, name: str) -> list[Mapping[str, Any]]:
 
 def _ratios(found: Sequence[float]) -> str:
     return f"{min(found):.2f} to {max(found):.2f}x" if found else "not measured"
-
-
-__all__ = ["claims"]

@@ -224,19 +224,3 @@ def accuracy(content: Content) -> list[Table]:
     caption = f"In %, {content['epochs']} epochs, batch {content['batch_size']}."
     precision = next(iter(content["methods"].values()))["config"]["precision"]
     return [Table(["test accuracy", precision.upper()], rows, caption)]
-
-
-__all__ = [
-    "ESTIMATOR",
-    "accuracy",
-    "breakdown",
-    "elastic",
-    "int8_step",
-    "int8_sweep",
-    "integer_loss",
-    "integer_signs",
-    "memory_model",
-    "nothing",
-    "random_walk",
-    "step_cpu",
-]

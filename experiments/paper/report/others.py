@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.folder import read_json
+from experiments.files import read_json
 from experiments.paper.report import measured
 from experiments.paper.report.blocks import Block, Table, made_by
 from experiments.paper.report.generic import generic_tables
@@ -43,21 +43,21 @@ SOURCES = (
         "Elastic curve",
         "Accuracy, memory and time over the cut C, from Full BP (C = 0) to Full ZO. Peaks are "
         "measured in the allocator; the prediction is made before anything runs.",
-        "python -m experiments.elastic --data-dir DIR",
+        "python -m experiments.studies.elastic --data-dir DIR",
         measured.elastic,
     ),
     Source(
         "memory_model.json",
         "Predicted against measured memory",
         "The liveness model's peak of a step less the measured one, the largest of each row.",
-        "python -m experiments.memory_model",
+        "python -m experiments.studies.memory_model",
         measured.memory_model,
     ),
     Source(
         "breakdown_*.json",
         "Where the time of a step goes",
         "Stages of a training step of LeNet-5, medians.",
-        "python -m experiments.breakdown",
+        "python -m experiments.studies.breakdown",
         measured.breakdown,
     ),
     Source(
@@ -79,14 +79,14 @@ SOURCES = (
         "Sign of the integer loss in real runs",
         "Share of steps in which the sign of L+ - L- is not that of float64 on the same logits, "
         "by fractional bits F.",
-        "python -m experiments.integer_signs --data-dir DIR",
+        "python -m experiments.studies.integer_signs --data-dir DIR",
         measured.integer_signs,
     ),
     Source(
         "integer_loss.json",
         "Sign of the integer loss on synthetic logits",
         "The same on normal logits: harder than real ones, since both halves differ by little.",
-        "python -m experiments.integer_loss",
+        "python -m experiments.studies.integer_loss",
         measured.integer_loss,
     ),
     Source(
@@ -104,28 +104,28 @@ SOURCES = (
         "The head's steps beside steps of the same size whose sign a coin decides: what the method "
         "has over the walk its projected gradients earned, what the walk lacks of the frozen head "
         "is the price of moving.",
-        "python -m experiments.random_walk --data-dir DIR",
+        "python -m experiments.studies.random_walk --data-dir DIR",
         measured.random_walk,
     ),
     Source(
         "sweep_*.json",
         "How the float recipes were found",
         "Held-out accuracy over the head's learning rate and eps.",
-        "python -m experiments.sweep --data-dir DIR",
+        "python -m experiments.studies.sweep --data-dir DIR",
         measured.nothing,
     ),
     Source(
         "int8_sweep_*.json",
         "How the integer recipes were found",
         "Held-out accuracy of the recipe and of one change at a time.",
-        "python -m experiments.int8_sweep --data-dir DIR",
+        "python -m experiments.studies.sweep --precision int8 --data-dir DIR",
         measured.int8_sweep,
     ),
     Source(
         "accuracy_*.json",
         "Defaults of the training command",
         "Not tuned by the study's budget, more seeds: mean and standard error.",
-        "python -m experiments.accuracy --data-dir DIR",
+        "python -m experiments.studies.accuracy --data-dir DIR",
         measured.accuracy,
     ),
 )
@@ -171,6 +171,3 @@ def _belongs(picture: Path, path: Path) -> bool:
     """Whether no other results file has a longer name that the picture's begins with."""
     others = (other.stem for other in path.parent.glob(f"{path.stem}_*.json"))
     return not any(picture.stem.startswith(other) for other in others)
-
-
-__all__ = ["SOURCES", "Source", "other_chapters"]

@@ -9,7 +9,7 @@ from typing import Any
 
 from experiments.paper.compare import ARITHMETIC_TITLES, METHOD_TITLES, Runs, Scene
 from experiments.paper.report.blocks import Picture
-from experiments.plots import pyplot
+from experiments.train.plots import pyplot
 
 COLORS = {"fp32": "#1f4e79", "int8": "#c55a11", "int8-float": "#7f7f7f"}
 SHIFT = 0.24  # of an arithmetic beside another, in rows
@@ -76,6 +76,3 @@ def beside(path: Path, caption: str) -> Picture:
 
 def _uri(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-__all__ = ["beside", "dots"]

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.accuracy import CONTROLS
 from experiments.paper.compare import (
     ARITHMETIC_TITLES,
     DATA_TITLES,
@@ -22,6 +21,7 @@ from experiments.paper.compare import (
 )
 from experiments.paper.report.blocks import Block, Cell, Row, Table, made_by
 from experiments.paper.report.pictures import dots
+from experiments.train.recipes import CONTROLS
 
 NOT_ROTATED = (
     "Fine-tuning is of images alone: the networks of upright images go on with all images turned "
@@ -211,6 +211,3 @@ def missing(runs: Runs) -> list[str]:
         f"run{'s' * (count > 1)} ({why})"
         for (section, name, precision, why), count in groups.items()
     ]
-
-
-__all__ = ["accuracy_table", "chapters", "gain_table", "integer_table", "missing"]
