@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from experiments.static.table import COMMAND, RESULTS, as_lines, table, write
-from zo_kernels._triton import HAS_TRITON, interpreted
+from zo_kernels.triton.shim import HAS_TRITON, interpreted
 
 USAGE_ERROR = 2
 Target = Literal["cuda-80", "cuda-90", "cuda-100", "hip-gfx942"]

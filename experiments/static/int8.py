@@ -7,8 +7,8 @@ from importlib import import_module
 from typing import Any
 
 from experiments.static.config import Config
-from zo_kernels._int8 import ROUNDINGS
-from zo_kernels._layout import PER_CALL
+from zo_kernels.int8 import ROUNDINGS
+from zo_kernels.layout import PER_CALL
 
 PER = PER_CALL["sparse_int8"]
 WALK = "inner s_row s_outer s_inner"
@@ -16,7 +16,7 @@ HALVES, ELEMENTS, BATCH = 2, 1 << 24, 256  # for which time is predicted; elemen
 
 
 def _module(name: str) -> Any:
-    return import_module(f"zo_kernels.{name}")
+    return import_module(f"zo_kernels.triton.{name}")
 
 
 def _integers(names: str) -> dict[str, str]:
@@ -77,7 +77,7 @@ def int8_requantize(rounding: str, flat: bool, int64: bool = False) -> Config:
 
 def int8_perturbed_weights(flat: bool, int64: bool = False) -> Config:
     """Both halves of one query."""
-    module = _module("int8_perturbed_weights")
+    module = _module("int8_weights")
     pointers = {"w_ptr": "*i8", "out_ptr": "*i8", "key_ptr": "*i64"}
     integers = "tensor first_query start stop p0 magic shift r_max elements cols padded_cols "
     integers += f"{WALK} t_row t_outer t_inner half_stride"
@@ -94,7 +94,7 @@ def int8_perturbed_weights(flat: bool, int64: bool = False) -> Config:
 
 def int8_update(rounding: str, int64: bool = False) -> Config:
     """Time is predicted for one query, along the path of flat weights."""
-    module, table = _module("int8_update"), _module("_table")
+    module, table = _module("int8_update"), _module("table")
     pointers = {"table_ptr": "*i64", "block_ptr": "*i32", "key_ptr": "*i64", "g_ptr": "*i32"}
     return Config(
         f"int8_update-{rounding}{'-int64' if int64 else ''}",
@@ -120,7 +120,7 @@ def _logits(classes: int, tile: tuple[int, int], read: int, written: int) -> dic
 
 
 def integer_cross_entropy(classes: int, fraction_bits: int = 12, int64: bool = False) -> Config:
-    module = _module("integer_cross_entropy")
+    module = _module("int8_loss")
     tile = module.tile(classes, BATCH)
     pointers = {"logits_ptr": "*i8", "exponent_ptr": "*i32"}
     pointers |= {"target_ptr": "*i64", "losses_ptr": "*i64"}

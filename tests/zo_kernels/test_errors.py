@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from zo_kernels import _lib as lib
 from zo_kernels import perturb_, perturbed_weights, resolve_backend, sample, update_
+from zo_kernels import registry as lib
 
 KEY = torch.tensor([1, 2])
 EPS = torch.tensor(0.1, dtype=torch.float64)

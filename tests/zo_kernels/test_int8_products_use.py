@@ -23,7 +23,7 @@ from zo_kernels import (
     int8_paired_linear,
     int8_requantize,
 )
-from zo_kernels._int8_products import MAX_DEPTH
+from zo_kernels.ops.checks import MAX_DEPTH
 
 pytestmark = pytest.mark.usefixtures("poison")
 OPS = (

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from tests.zo_kernels._integer_model import ROUNDINGS, bits, clip, factor, rounded, rounds_up
 from zo_kernels import int8_range, int8_requantize, sample
-from zo_kernels._int8 import FACTORS, sparse_constants, update_shift
-from zo_kernels._int8 import ROUNDINGS as NUMBERS
-from zo_kernels._integer import bit_length, round_shift
-from zo_kernels._triton import HAS_TRITON, interpreted, jit, tl
+from zo_kernels.int8 import FACTORS, sparse_constants, update_shift
+from zo_kernels.int8 import ROUNDINGS as NUMBERS
 from zo_kernels.reference import integer
+from zo_kernels.triton.integer import bit_length, round_shift
+from zo_kernels.triton.shim import HAS_TRITON, interpreted, jit, tl
 
 pytestmark = pytest.mark.usefixtures("poison")
 LIMIT = 1 << 13
@@ -168,7 +168,7 @@ def test_powers_of_two_fit_in_int8(
 ) -> None:
     """2^k - 1, 2^k, 2^k + 1 of both signs, each a tensor of its own: range, exponent, clipping."""
     for name in ("int8_range", "int8_requantize"):  # a program for each number
-        monkeypatch.setattr(import_module(f"zo_kernels.{name}"), "BLOCK", 128)
+        monkeypatch.setattr(import_module(f"zo_kernels.triton.{name}"), "BLOCK", 128)
     # The interpreter is slow, and the roundings themselves are tested above.
     edges = EDGES if backend != "triton" or rounding == "nearest" else EDGES[1::4]
     acc = torch.tensor(edges, dtype=torch.int64).to(torch.int32).to(device)

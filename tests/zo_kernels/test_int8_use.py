@@ -150,7 +150,7 @@ def test_no_float_takes_part(backend: str, device: Any, monkeypatch: pytest.Monk
     """Called as eager mode calls them: under a dispatch mode the ops would be opaque."""
     monkeypatch.setattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
     if backend == "triton":  # a table of weights carries their scales, which no integer op reads
-        table = importlib.import_module("zo_kernels._table")
+        table = importlib.import_module("zo_kernels.triton.table")
         step, args = a_step(backend), arguments(device)
         step(*args)
         assert table._TABLES

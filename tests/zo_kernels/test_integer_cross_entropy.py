@@ -13,11 +13,11 @@ from torch import Tensor
 from tests.zo_kernels._int8_weights import int32
 from tests.zo_kernels._integer_model import SCALE, exp2, log2, scaled
 from zo_kernels import integer_cross_entropy, integer_projected_sign
-from zo_kernels._integer import exp2 as device_exp2
-from zo_kernels._integer import log2 as device_log2
-from zo_kernels._integer import scaled as device_scaled
-from zo_kernels._triton import HAS_TRITON, jit, tl
 from zo_kernels.reference import integer
+from zo_kernels.triton.integer import exp2 as device_exp2
+from zo_kernels.triton.integer import log2 as device_log2
+from zo_kernels.triton.integer import scaled as device_scaled
+from zo_kernels.triton.shim import HAS_TRITON, jit, tl
 
 pytestmark = pytest.mark.usefixtures("poison")
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
@@ -170,7 +170,7 @@ def test_strides_do_not_show(backend: str, device: Any) -> None:
 
 @needs_triton
 def test_launch_does_not_show(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = import_module("zo_kernels.integer_cross_entropy")
+    module = import_module("zo_kernels.triton.int8_loss")
     logits, target = case(2, 9, 37, device)
     exponent = int32([-5, -6], device)
     first = integer_cross_entropy(logits, exponent, target, backend="triton")

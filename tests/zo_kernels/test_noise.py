@@ -13,10 +13,10 @@ import torch
 from tests._budget import NORMAL_ERROR
 from tests.zo_kernels._noise_model import model, philox, sparse_value
 from zo_kernels import sample
-from zo_kernels._triton import HAS_TRITON, jit, tl
-from zo_kernels.noise import words
 from zo_kernels.reference.noise import philox as philox_torch
 from zo_kernels.reference.noise import sparse_int8 as sparse_int8_torch
+from zo_kernels.triton.philox import words
+from zo_kernels.triton.shim import HAS_TRITON, jit, tl
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -195,7 +195,7 @@ def test_convolution_columns_have_channels_innermost(
 def test_block_size_does_not_show(
     kind: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = import_module("zo_kernels.sample")
+    module = import_module("zo_kernels.triton.noise")
     results = []
     for block in (256, 512, 1024, 2048):
         monkeypatch.setattr(module, "BLOCK", block)
@@ -208,7 +208,7 @@ def test_block_size_does_not_show(
 @pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 @pytest.mark.parametrize("kind", ["normal", *INTEGERS])
 def test_int64_offsets_give_the_same_noise(kind: str, device: torch.device) -> None:
-    module: Any = import_module("zo_kernels.sample")
+    module: Any = import_module("zo_kernels.triton.noise")
     per, per_row = module.PER_CALL[kind], module.groups_per_row(333, kind)
     results = []
     for wide in (False, True):

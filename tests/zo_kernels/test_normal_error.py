@@ -18,9 +18,9 @@ import pytest
 import torch
 
 from tests.zo_kernels._noise_model import uniform
-from zo_kernels._triton import HAS_TRITON, jit, tl
-from zo_kernels.noise import radius, sincos_turns
 from zo_kernels.reference.noise import normals as normals_torch
+from zo_kernels.triton.philox import radius, sincos_turns
+from zo_kernels.triton.shim import HAS_TRITON, jit, tl
 
 pytestmark = pytest.mark.usefixtures("poison")
 

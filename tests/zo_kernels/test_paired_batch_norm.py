@@ -15,7 +15,7 @@ import zo_kernels
 from tests._budget import assert_within_budget
 from tests.zo_kernels._weights import same_bits
 from zo_kernels import paired_batch_norm
-from zo_kernels._triton import HAS_TRITON
+from zo_kernels.triton.shim import HAS_TRITON
 
 pytestmark = pytest.mark.usefixtures("poison")
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
@@ -85,7 +85,7 @@ def spread(x: Tensor, halves: int) -> Tensor:
 def additions(x: Tensor, halves: int) -> int:
     """One after another on the way of a square to its variance, each of them rounded: in a lane, in
     a tile (a tree on hardware, in turn in the interpreter), over splits."""
-    module = importlib.import_module("zo_kernels._paired_batch_norm_plan")
+    module = importlib.import_module("zo_kernels.triton.plan")
     plan = module.plan_of(x if module.channels_last(x) else x.contiguous(), halves)
     return plan.per_split + plan.tile_rows + plan.splits
 
@@ -220,7 +220,7 @@ def test_empty(shape: Any, backend: str, device: Any) -> None:
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
 def test_tiles(last: bool, device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """64-bit offsets where 32 would do change no bit; tiles and splits stay in the budget."""
-    module = importlib.import_module("zo_kernels._paired_batch_norm_plan")
+    module = importlib.import_module("zo_kernels.triton.plan")
     x, weight, bias = inputs((9, 6, 5, 5), device=device)
     if last:
         x = x.contiguous(memory_format=torch.channels_last)
@@ -241,7 +241,7 @@ def test_tiles(last: bool, device: Any, monkeypatch: pytest.MonkeyPatch) -> None
 @needs_triton
 @pytest.mark.parametrize("shape", [(1, 1), (64, 16, 56, 56), (7, 3, 7, 7), (4096, 10)], ids=str)
 def test_plans_cover_x(shape: Any) -> None:
-    module = importlib.import_module("zo_kernels._paired_batch_norm_plan")
+    module = importlib.import_module("zo_kernels.triton.plan")
     for memory_format in {torch.contiguous_format, LAST.get(len(shape), torch.contiguous_format)}:
         x = torch.empty(2 * shape[0], *shape[1:], device="meta").to(memory_format=memory_format)
         plan = module.plan_of(x, 2)

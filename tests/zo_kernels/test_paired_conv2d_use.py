@@ -30,7 +30,7 @@ from tests.zo_kernels.test_paired_linear import (
     key_on,
 )
 from zo_kernels import paired_conv1d, perturbed_weights
-from zo_kernels._triton import HAS_TRITON, interpreted
+from zo_kernels.triton.shim import HAS_TRITON, interpreted
 
 pytestmark = pytest.mark.usefixtures("poison")
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")

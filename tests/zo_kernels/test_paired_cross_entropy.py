@@ -18,7 +18,7 @@ import zo_kernels
 from tests._budget import assert_within_budget
 from tests.zo_kernels._weights import same_bits
 from zo_kernels import paired_cross_entropy, paired_cross_entropy_backward
-from zo_kernels._triton import HAS_TRITON
+from zo_kernels.triton.shim import HAS_TRITON
 
 pytestmark = pytest.mark.usefixtures("poison")
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
@@ -111,7 +111,7 @@ def test_many_classes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Rows taken in turns of 512 columns, one or two rows a program."""
-    module = importlib.import_module("zo_kernels._paired_cross_entropy")
+    module = importlib.import_module("zo_kernels.triton.cross_entropy")
     monkeypatch.setattr(module, "MAX_COLS", 512)
     monkeypatch.setattr(module, "TILE", 1024)
     logits, target = inputs((3, classes), dtype, device)
@@ -204,7 +204,7 @@ def test_strides(backend: str, device: Any) -> None:
 
 @needs_triton
 def test_tiles(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = importlib.import_module("zo_kernels._paired_cross_entropy")
+    module = importlib.import_module("zo_kernels.triton.cross_entropy")
     logits, target = inputs((40, 10), device=device)
     target[5] = -100
     for tile, columns, block in ((64, 4096, 4), (4096, 4, 1024), (16, 16, 32)):

@@ -16,7 +16,7 @@ import zo_kernels
 from tests._budget import assert_within_budget
 from tests.zo_kernels._weights import same_bits
 from zo_kernels import paired_layer_norm
-from zo_kernels._triton import HAS_TRITON
+from zo_kernels.triton.shim import HAS_TRITON
 
 pytestmark = pytest.mark.usefixtures("poison")
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
@@ -159,7 +159,7 @@ def test_long_rows(
     cols: int, dtype: torch.dtype, device: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernel that reads rows twice, with blocks of 64."""
-    module = importlib.import_module("zo_kernels.paired_layer_norm")
+    module = importlib.import_module("zo_kernels.triton.layer_norm")
     monkeypatch.setattr(module, "MAX_COLS", 32)
     monkeypatch.setattr(module, "LONG_BLOCK", 64)
     assert module.is_long(cols)
@@ -179,7 +179,7 @@ def test_long_rows(
 @pytest.mark.parametrize("tile", [32, 128, 2048])
 def test_tiles(tile: int, device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows a program change no bit."""
-    module = importlib.import_module("zo_kernels.paired_layer_norm")
+    module = importlib.import_module("zo_kernels.triton.layer_norm")
     x, weight, bias = inputs((11, 30), device=device)
     first = check(x, weight, bias, "triton")
     monkeypatch.setattr(module, "TILE", tile)
@@ -187,7 +187,7 @@ def test_tiles(tile: int, device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_odd_rows_are_long_sooner() -> None:
-    module = importlib.import_module("zo_kernels.paired_layer_norm")
+    module = importlib.import_module("zo_kernels.triton.layer_norm")
     assert [module.is_long(n) for n in (8191, 8193, 16383, 16384, 16386)] == [0, 1, 1, 0, 1]
     for cols in (1, 33, 8191, 8193, 16384, 16386, 10**6):
         rows, width, warps = module.tile_for(10**6, cols)

@@ -21,7 +21,7 @@ from tests.zo_kernels.test_paired_linear import (
     run,
 )
 from zo_kernels import paired_linear
-from zo_kernels._triton import HAS_TRITON, interpreted
+from zo_kernels.triton.shim import HAS_TRITON, interpreted
 
 pytestmark = pytest.mark.usefixtures("poison")
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")

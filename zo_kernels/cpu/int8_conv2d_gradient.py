@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zo_kernels._conv import Geometry, Pair, geometry, kernel_size, patches
+from zo_kernels.cpu.int8_conv import empty, int8_matmul, over_images, zeros
 from zo_kernels.cpu.int8_correlate import collect, correlate
 from zo_kernels.cpu.int8_dot import LANES, SLACK
-from zo_kernels.cpu.int8_products import empty, int8_matmul, over_images, zeros
 from zo_kernels.cpu.memory import span
+from zo_kernels.geometry import Geometry, Pair, geometry, kernel_size, patches
 
 
 @lru_cache(maxsize=256)

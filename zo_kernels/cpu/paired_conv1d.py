@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zo_kernels.cpu.paired_conv2d import paired_conv2d
+from zo_kernels.cpu.conv import paired_conv2d
 
 
 def paired_conv1d(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from zo_kernels.cpu.kernels import stage_all
-from zo_kernels.cpu.ops import (
+from zo_kernels.cpu.update import (
     PARALLEL_FROM,
     counter_words,
     sample_rows,

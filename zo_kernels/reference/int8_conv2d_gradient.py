@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from zo_kernels._conv import Pair, geometry, kernel_size
-from zo_kernels.reference.int8_paired_linear import integer_product
+from zo_kernels.geometry import Pair, geometry, kernel_size
+from zo_kernels.reference.int8_linear import integer_product
 
 
 def int8_conv2d_gradient(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from zo_kernels.reference.int8_paired_linear import integer_product
+from zo_kernels.reference.int8_linear import integer_product
 from zo_kernels.reference.int8_range import int8_range
 
 

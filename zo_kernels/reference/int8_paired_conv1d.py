@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from zo_kernels.reference.int8_paired_conv2d import int8_paired_conv2d
+from zo_kernels.reference.int8_conv import int8_paired_conv2d
 
 
 def int8_paired_conv1d(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zo_kernels._int8 import half_shape
+from zo_kernels.int8 import half_shape
 from zo_kernels.reference.int8_range import int8_range
 from zo_kernels.reference.integer import clip, round_shift, rounding_words
 

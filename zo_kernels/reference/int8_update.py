@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from zo_kernels._int8 import update_shift
-from zo_kernels.reference.int8_perturbed_weights import sparse_noise
+from zo_kernels.int8 import update_shift
+from zo_kernels.reference.int8_weights import sparse_noise
 from zo_kernels.reference.integer import clip, round_shift, rounding_words
 
 

@@ -28,7 +28,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from zo_kernels._int8 import (
+from zo_kernels.int8 import (
     FACTORS,
     LIMIT,
     LOG2_E,

@@ -6,9 +6,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from zo_kernels._int8 import ERROR_BITS, ERROR_EXPONENT, check_target
+from zo_kernels.int8 import ERROR_BITS, ERROR_EXPONENT, check_target
+from zo_kernels.reference.int8_loss import powers
 from zo_kernels.reference.integer import clip, round_shift, rounding_words
-from zo_kernels.reference.integer_cross_entropy import powers
 
 
 def integer_softmax_error(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zo_kernels.reference.perturbed_weights import compute_dtype
 from zo_kernels.reference.sample import sample
+from zo_kernels.reference.weights import compute_dtype
 
 
 @torch.no_grad()

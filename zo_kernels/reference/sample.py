@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from zo_kernels._layout import rows_cols, to_shape
+from zo_kernels.layout import rows_cols, to_shape
 from zo_kernels.reference.noise import noise_rows
 
 DTYPES = {
