@@ -40,7 +40,7 @@ def _perturbs(*args: Any) -> bool:
 
 def int8_noise() -> tuple[ModuleType, str]:
     """The function of the int8 products on the CPU that makes `clip(w +- z)`."""
-    products = importlib.import_module("zo_kernels.cpu.int8_conv")
+    products = importlib.import_module("zo_kernels.cpu.int8_products")
     for name in ("_packed", "_halves"):
         function = getattr(products, name, None)
         if function is not None and "noise" in inspect.signature(function).parameters:

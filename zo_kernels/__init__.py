@@ -5,33 +5,31 @@ a fast CPU twin (numba). `backend=` forces one; `resolve_backend` says which one
 """
 
 from zo_kernels.ops.batch_norm import paired_batch_norm
-from zo_kernels.ops.conv import paired_conv2d
-from zo_kernels.ops.conv1d import paired_conv1d
+from zo_kernels.ops.conv import paired_conv1d, paired_conv2d
 from zo_kernels.ops.cross_entropy import paired_cross_entropy, paired_cross_entropy_backward
-from zo_kernels.ops.int8_conv import int8_paired_conv2d
-from zo_kernels.ops.int8_conv1d import int8_paired_conv1d
-from zo_kernels.ops.int8_conv1d_max import int8_paired_conv1d_max
-from zo_kernels.ops.int8_conv2d_gradient import int8_conv2d_gradient
-from zo_kernels.ops.int8_gradient_update import int8_gradient_update_
+from zo_kernels.ops.int8_conv import int8_paired_conv1d, int8_paired_conv1d_max, int8_paired_conv2d
 from zo_kernels.ops.int8_linear import int8_paired_linear
-from zo_kernels.ops.int8_matmul import int8_matmul
-from zo_kernels.ops.int8_tail import int8_conv2d_max_pool
-from zo_kernels.ops.int8_unpool import int8_unpool
+from zo_kernels.ops.int8_loss import (
+    integer_cross_entropy,
+    integer_projected_sign,
+    integer_softmax_error,
+)
+from zo_kernels.ops.int8_range import int8_range, int8_requantize
+from zo_kernels.ops.int8_tail import (
+    int8_conv2d_gradient,
+    int8_conv2d_max_pool,
+    int8_gradient_update_,
+    int8_matmul,
+    int8_unpool,
+)
+from zo_kernels.ops.int8_weights import int8_perturbed_weights, int8_update_
+from zo_kernels.ops.layer_norm import paired_layer_norm
 from zo_kernels.ops.linear import paired_linear
-from zo_kernels.ops.weights import perturb_
+from zo_kernels.ops.noise import sample
+from zo_kernels.ops.weights import perturb_, perturbed_weights
 from zo_kernels.registry import BACKENDS, resolve_backend
-from zo_kernels.triton.int8_loss import integer_cross_entropy
-from zo_kernels.triton.int8_range import int8_range
-from zo_kernels.triton.int8_requantize import int8_requantize
-from zo_kernels.triton.int8_update import int8_update_
-from zo_kernels.triton.int8_weights import int8_perturbed_weights
-from zo_kernels.triton.integer_projected_sign import integer_projected_sign
-from zo_kernels.triton.integer_softmax_error import integer_softmax_error
-from zo_kernels.triton.layer_norm import paired_layer_norm
-from zo_kernels.triton.noise import sample
 from zo_kernels.triton.stage import stage_
 from zo_kernels.triton.update import update_
-from zo_kernels.triton.weights import perturbed_weights
 
 __all__ = [
     "BACKENDS",

@@ -1,4 +1,4 @@
-"""Sizes and memory format of a convolution's result: what its kernel and its twins share."""
+"""Sizes and memory format of a product's result: what its kernel and its twins share."""
 
 from __future__ import annotations
 
@@ -47,6 +47,14 @@ def conv_size(size: Sequence[int], kernel: Sequence[int], geo: Geometry) -> tupl
     return height, (size[1] + 2 * p_w - d_w * (kernel[1] - 1) - 1) // s_w + 1
 
 
+def empty_product(
+    x: Tensor, w: Tensor, halves: int, shared: bool, dtype: torch.dtype | None
+) -> Tensor:
+    """`[H B, N]` of a linear layer."""
+    rows = x.shape[0] * halves if shared else x.shape[0]
+    return torch.empty((rows, w.shape[0]), dtype=dtype or x.dtype, device=x.device)
+
+
 def empty_output(
     x: Tensor,
     w: Tensor,
@@ -84,4 +92,13 @@ def patches(x: Tensor, kernel: tuple[int, int], geo: Geometry) -> Tensor:
     return view.reshape(x.shape[1] * kernel[0] * kernel[1], -1)
 
 
-__all__ = ["Geometry", "Pair", "conv_size", "empty_output", "geometry", "kernel_size", "patches"]
+__all__ = [
+    "Geometry",
+    "Pair",
+    "conv_size",
+    "empty_output",
+    "empty_product",
+    "geometry",
+    "kernel_size",
+    "patches",
+]

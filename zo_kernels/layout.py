@@ -11,10 +11,19 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
+Shape = Sequence[int]
 # Elements of one row that share a Philox call, by kind of noise.
 PER_CALL = {"normal": 4, "bits": 4, "rademacher": 128, "sparse_int8": 8}
+PURPOSES = {"noise": 0, "rounding": 1, "dropout": 2, "data": 3}  # separate streams
+SAMPLE_DTYPES = {
+    "normal": torch.float32,
+    "rademacher": torch.float32,
+    "sparse_int8": torch.int8,
+    "bits": torch.int64,
+}
 
 
 def rows_cols(shape: Sequence[int]) -> tuple[int, int]:
@@ -45,6 +54,23 @@ def to_shape(z: Tensor, shape: Sequence[int]) -> Tensor:
     if len(shape) < 3:
         return z.reshape(tuple(shape))
     return z.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+
+
+def empty_halves(w: Tensor, count: int, dtype: torch.dtype | None) -> Tensor:
+    """`[count, *w.shape]`, each half in the memory format of `w`."""
+    like = torch.empty_like(w, dtype=dtype or w.dtype)
+    if count == 1:
+        return like.unsqueeze(0)
+    return like.new_empty_strided((count, *w.shape), (w.numel(), *like.stride()))
+
+
+def channels_last(x: Tensor) -> bool:
+    return x.movedim(1, -1).is_contiguous()
+
+
+def dense(x: Tensor) -> Tensor:
+    """`x` where it is contiguous or has its channels last; others are copied."""
+    return x if channels_last(x) else x.contiguous()
 
 
 @dataclass(frozen=True)
@@ -112,8 +138,14 @@ def _layout(shape: tuple[int, ...], strides: tuple[int, ...]) -> Layout | None:
 
 __all__ = [
     "PER_CALL",
+    "PURPOSES",
+    "SAMPLE_DTYPES",
     "Layout",
+    "Shape",
+    "channels_last",
     "check_groups",
+    "dense",
+    "empty_halves",
     "groups_per_row",
     "layout_of",
     "rows_cols",

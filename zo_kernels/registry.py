@@ -1,41 +1,180 @@
-"""What all ops share on the host: registration, checks of arguments, the choice of a backend."""
+"""What all ops share on the host: how they are declared, the choice of a backend, checks."""
 # mypy: disable-error-code="no-untyped-call"
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
+import os
 from collections.abc import Callable, Sequence
-from functools import cache
-from typing import Any
+from functools import cache, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from zo_kernels.triton.shim import HAS_TRITON, interpreted
-
 BACKENDS = ("auto", "triton", "numba", "reference")
+COLUMNS = {"triton": "triton", "numba": "cpu", "reference": "reference"}  # folders by backend
 NOISES = ("normal", "rademacher")
 WEIGHT_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+OUT_DTYPES = (*WEIGHT_DTYPES, torch.float16)
+PRODUCT_DTYPES = (torch.float32, torch.bfloat16)
 MAX_QUERIES = 1 << 24
+# Annotations as a schema has them. Integers are no SymInt: a kernel is specialised by them.
+TYPES = {
+    "Tensor": "Tensor",
+    "Tensor | None": "Tensor?",
+    "Sequence[Tensor]": "Tensor[]",
+    "Shape": "SymInt[]",
+    "Pair": "int[]",
+    "int | None": "int?",
+    "Sequence[int]": "int[]",
+    "Sequence[float]": "float[]",
+    "torch.dtype | None": "ScalarType?",
+    "tuple[Tensor, Tensor]": "(Tensor, Tensor)",
+    "tuple[Tensor, Tensor, Tensor]": "(Tensor, Tensor, Tensor)",
+    "None": "()",
+}
 
+P = ParamSpec("P")
+R = TypeVar("R")
 _LIBRARY = torch.library.Library("zo_kernels", "DEF")
+
+
+def schema(name: str, function: Callable[..., Any], mutates: Sequence[str]) -> str:
+    """The schema of an op from its signature; it has no defaults, and none by keyword only."""
+    parts: list[str] = []
+    for parameter, annotation in function.__annotations__.items():
+        kind: str = TYPES.get(annotation) or annotation
+        if parameter in mutates:
+            mark = "abc"[mutates.index(parameter)]
+            kind = kind.replace("Tensor", f"Tensor({mark}!)")
+        parts.append(f"{kind} {parameter}")
+    *arguments, result = parts
+    return f"{name}({', '.join(arguments)}) -> {result.removesuffix(' return')}"
+
+
+def _define(
+    schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The op as torch knows it."""
+    name = schema.split("(", 1)[0]
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"zo_kernels::{name}", fake, lib=_LIBRARY)
+    handle: Callable[..., Any] = getattr(torch.ops.zo_kernels, name).default
+    return handle
+
+
+def _apart(result: Any, args: Any) -> Any:
+    """Torch wants no result of a registered op to share memory with its arguments."""
+    if not isinstance(result, tuple):
+        return result
+    held = {t.untyped_storage().data_ptr() for t in args if isinstance(t, Tensor)}
+    return tuple(t.clone() if t.untyped_storage().data_ptr() in held else t for t in result)
+
+
+def _nothing(**_: Any) -> None:
+    """The fake of an op that only changes its arguments."""
+
+
+@cache
+def implementation(file: str, name: str, backend: str) -> Callable[..., Any]:
+    """The function `name` of a file in the column of a resolved backend."""
+    module = importlib.import_module(f"zo_kernels.{COLUMNS[backend]}.{file}")
+    found: Callable[..., Any] = getattr(module, name)
+    return found
+
+
+def op(
+    *,
+    like: str | None = None,
+    mutates: Sequence[str] = (),
+    fake: Callable[..., Any] = _nothing,
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Declare an op by its signature, its words and its checks, which are the function's body.
+
+    The function of the same name, in the file of the same name of the backend's column, is then
+    called with the same arguments (but for `backend`) and gives the result: as it is in eager mode,
+    where the dispatcher would cost as much as the whole update of a small layer. Under
+    torch.compile, or where a dispatch mode looks on (fake tensors, tracing, profilers of
+    operators), the registered op is called.
+
+    Args:
+        like: the positional argument on whose device it runs; the first one by default.
+        mutates: arguments that it changes in place.
+        fake: its results without values, from all arguments by name; None where it has none.
+    """
+
+    def declare(check: Callable[P, R]) -> Callable[P, R]:
+        name, file = check.__name__, check.__module__.rpartition(".")[2]
+        parameters = inspect.signature(check).parameters.values()
+        names = [p.name for p in parameters]
+        places = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
+        defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+        pairs = [p.name for p in parameters if p.annotation == "Pair"]
+        at, count = places.index(like) if like else 0, len(places)
+        kinds = [p.annotation for p in parameters][:count]
+        tensors = [i for i, kind in enumerate(kinds) if kind in ("Tensor", "Tensor | None")]
+        lists = [i for i, kind in enumerate(kinds) if kind == "Sequence[Tensor]"]
+        changed = [places.index(k) for k in mutates]
+
+        @cache
+        def choose(backend: str, device: torch.device) -> Callable[..., Any]:
+            return implementation(file, name, _resolve(backend, device.type))
+
+        def run(backend: str, args: Any, kwargs: Any) -> Any:
+            function = choose(backend, args[at].device)
+            for i in tensors:  # no op has a backward of its own
+                t = args[i]
+                if t is not None and t.requires_grad:
+                    args = (*args[:i], t.detach(), *args[i + 1 :])
+            for i in lists:
+                args = (*args[:i], [w.detach() for w in args[i]], *args[i + 1 :])
+            return function(*args, **kwargs)
+
+        def registered(*args: Any) -> Any:
+            named = dict(zip(names[count:-1], args[count:-1], strict=True))
+            return _apart(run(args[-1], args[:count], named), args)
+
+        def meta(*args: Any) -> Any:
+            return fake(**dict(zip(names, args, strict=True)))
+
+        handle = _define(schema(name, check, mutates), registered, meta)
+
+        def seen(args: Any, kwargs: Any) -> Any:
+            given = {**defaults, **dict(zip(places, args, strict=True)), **kwargs}
+            for pair in pairs:
+                if isinstance(given[pair], int):
+                    given[pair] = [given[pair]] * 2
+            return handle(**given)
+
+        @wraps(check)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            check(*args, **kwargs)
+            if len(args) < count:
+                left = places[len(args) :]
+                args += tuple(kwargs.pop(k) if k in kwargs else defaults[k] for k in left)
+            if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+                result = seen(args, kwargs)
+            else:
+                result = run(kwargs.pop("backend", "auto"), args, kwargs)
+            if changed and not torch.compiler.is_compiling():
+                for i in changed:
+                    torch.autograd.graph.increment_version(args[i])
+            return result
+
+        return call
+
+    return declare
 
 
 def register(
     schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Define one op from its schema and return what callers bind once.
-
-    In eager mode the implementation is called as it is: the dispatcher would cost as much as the
-    whole update of a small layer. Under torch.compile, or where a dispatch mode looks on (fake
-    tensors, tracing, profilers of operators), the registered op is called.
-    """
-    name = schema.split("(", 1)[0]
-    _LIBRARY.define(schema)
-    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"zo_kernels::{name}", fake, lib=_LIBRARY)
-    handle = getattr(torch.ops.zo_kernels, name).default
+    """An op that hands its arguments on by itself."""
+    handle = _define(schema, implementation, fake)
 
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
@@ -43,6 +182,16 @@ def register(
         return implementation(*args)
 
     return call
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter (decided when they are imported)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 @cache
@@ -59,7 +208,7 @@ def _resolve(backend: str, device_type: str) -> str:
             backend = "triton"
         else:
             backend = "numba" if device_type == "cpu" and has_numba() else "reference"
-    if backend == "triton" and not HAS_TRITON:
+    if backend == "triton" and not has_triton():
         raise ValueError("backend 'triton' needs the triton package (Linux); it is not installed")
     if backend == "triton" and device_type != "cuda" and not interpreted():
         raise ValueError(
@@ -84,12 +233,8 @@ def resolve_backend(backend: str, device: torch.device | str) -> str:
     return _resolve(backend, torch.device(device).type)
 
 
-@cache
 def twin(op: str, backend: str) -> Callable[..., Any]:
-    """The implementation of `op` for a resolved backend other than "triton"."""
-    module = {"numba": "zo_kernels.cpu", "reference": "zo_kernels.reference"}[backend]
-    implementation: Callable[..., Any] = getattr(importlib.import_module(module), op)
-    return implementation
+    return implementation(op.rstrip("_"), op, backend)
 
 
 def check_tensor(
@@ -152,7 +297,10 @@ def check_in_place(name: str, w: Tensor) -> None:
 
 __all__ = [
     "BACKENDS",
+    "MAX_QUERIES",
     "NOISES",
+    "OUT_DTYPES",
+    "PRODUCT_DTYPES",
     "WEIGHT_DTYPES",
     "check_in_place",
     "check_indices",
@@ -160,7 +308,9 @@ __all__ = [
     "check_noise",
     "check_tensor",
     "has_numba",
-    "register",
+    "has_triton",
+    "implementation",
+    "interpreted",
+    "op",
     "resolve_backend",
-    "twin",
 ]

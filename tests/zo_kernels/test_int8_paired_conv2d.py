@@ -15,10 +15,10 @@ from tests.zo_kernels._int8_operands import NOISE, TENSOR, assert_same, expected
 from tests.zo_kernels._int8_weights import key_on
 from tests.zo_kernels.test_paired_conv2d import CASES, FEW, LAST, VIEWS
 from zo_kernels import int8_paired_conv1d, int8_paired_conv2d, int8_range
-from zo_kernels.triton.shim import HAS_TRITON
+from zo_kernels.registry import has_triton
 
 pytestmark = pytest.mark.usefixtures("poison")
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+needs_triton = pytest.mark.skipif(not has_triton(), reason="needs triton")
 
 
 def operands(sizes: Any, halves: int, device: Any) -> tuple[Tensor, Tensor]:

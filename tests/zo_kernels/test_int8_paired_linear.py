@@ -18,10 +18,10 @@ from tests.zo_kernels._int8_operands import NOISE, TENSOR, assert_same, expected
 from tests.zo_kernels._int8_weights import key_on
 from zo_kernels import int8_matmul, int8_paired_linear, int8_range
 from zo_kernels.ops.checks import MAX_DEPTH
-from zo_kernels.triton.shim import HAS_TRITON
+from zo_kernels.registry import has_triton
 
 pytestmark = pytest.mark.usefixtures("poison")
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+needs_triton = pytest.mark.skipif(not has_triton(), reason="needs triton")
 # rows of a half, depth, features
 SHAPES = {
     "one": (1, 1, 1),
@@ -238,7 +238,7 @@ def test_matmul(shape: Any, order: str, backend: str, device: Any) -> None:
 
 def test_threads_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("numba")
-    module = importlib.import_module("zo_kernels.cpu.int8_conv")
+    module = importlib.import_module("zo_kernels.cpu.int8_products")
     monkeypatch.setattr(module, "PARALLEL_FROM", 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     for rows in (1, 65, 300):

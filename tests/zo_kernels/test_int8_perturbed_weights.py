@@ -16,10 +16,10 @@ from tests.zo_kernels._noise_model import model
 from tests.zo_kernels._weights import ALL, EXPANDED, FEW, LAYOUTS
 from tests.zo_kernels.test_layout import Recorder
 from zo_kernels import int8_perturbed_weights, sample
-from zo_kernels.triton.shim import HAS_TRITON
+from zo_kernels.registry import has_triton
 
 pytestmark = pytest.mark.usefixtures("poison")
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+needs_triton = pytest.mark.skipif(not has_triton(), reason="needs triton")
 
 TENSOR = 2**31 + 5
 NOISE = {"p_zero": 0.33, "r_max": 15}

@@ -15,10 +15,10 @@ from tests.zo_kernels._integer_model import ROUNDINGS, clip, exp2, rounded, scal
 from tests.zo_kernels._noise_model import model
 from tests.zo_kernels.test_integer_cross_entropy import case
 from zo_kernels import integer_softmax_error
-from zo_kernels.triton.shim import HAS_TRITON
+from zo_kernels.registry import has_triton
 
 pytestmark = pytest.mark.usefixtures("poison")
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+needs_triton = pytest.mark.skipif(not has_triton(), reason="needs triton")
 
 TENSOR, QUERY = 2**31 + 5, 3
 SETTINGS = {"tensor": TENSOR, "query": QUERY}
@@ -134,7 +134,7 @@ def test_launch_does_not_show(rounding: str, device: Any, monkeypatch: pytest.Mo
         monkeypatch.setattr(module, "TILE", tile)
         monkeypatch.setattr(module, "MAX_COLS", cols)
         monkeypatch.setattr(module, "MAX_ROWS", rows)
-        monkeypatch.setattr("zo_kernels.triton.integer_softmax_error.INT32_MAX", limit)
+        monkeypatch.setattr(module, "INT32_MAX", limit)
         again, _ = integer_softmax_error(logits, exponent, target, **args)
         assert torch.equal(first, again)
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from tests.zo_kernels._weights import ALL
 from zo_kernels.layout import Layout, layout_of, rows_cols, to_shape
-from zo_kernels.triton.shim import HAS_TRITON
+from zo_kernels.registry import has_triton
 
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+needs_triton = pytest.mark.skipif(not has_triton(), reason="needs triton")
 CPU = torch.device("cpu")
 UNWALKABLE = {"sliced-kernel", "permuted-kernel"}
 
@@ -140,5 +140,5 @@ def test_sample_knows_when_offsets_need_64_bits(
     module, kernel = import_module("zo_kernels.triton.noise"), Recorder()
     monkeypatch.setattr(module, "_sample_kernel", kernel)
     key = meta(2, dtype=torch.int64)
-    module._launch_sample((1, cols), key, 0, 0, "normal", "noise", 0.0, 1)
+    module.sample((1, cols), key, tensor=0)
     assert kernel.kwargs["INT64"] is wide

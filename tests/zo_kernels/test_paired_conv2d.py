@@ -37,10 +37,10 @@ from tests.zo_kernels.test_paired_linear import (
     truncates,
 )
 from zo_kernels import paired_conv2d, perturbed_weights
-from zo_kernels.triton.shim import HAS_TRITON, interpreted
+from zo_kernels.registry import has_triton, interpreted
 
 pytestmark = pytest.mark.usefixtures("poison")
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+needs_triton = pytest.mark.skipif(not has_triton(), reason="needs triton")
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
 LAST = torch.channels_last
 # (rows of a half, channels, outputs, size, kernel), geometry

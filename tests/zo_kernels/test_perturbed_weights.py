@@ -15,10 +15,10 @@ from tests._budget import NORMAL_ERROR, assert_rounded, assert_within_budget
 from tests.zo_kernels._noise_model import model
 from tests.zo_kernels._weights import ALL, EXPANDED, FEW, LAYOUTS, VIEWS, bits, f64, same_bits
 from zo_kernels import perturbed_weights
-from zo_kernels.triton.shim import HAS_TRITON, interpreted
+from zo_kernels.registry import has_triton, interpreted
 
 pytestmark = pytest.mark.usefixtures("poison")
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+needs_triton = pytest.mark.skipif(not has_triton(), reason="needs triton")
 
 SEED, STEP, TENSOR = 2**40 + 7, 2**31 + 9, 5
 # Large, so that a wrong z is far outside every budget; exact in fp32, as the interpreter passes

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from tests.zo_kernels._weights import ALL, FEW, IN_PLACE, VIEWS, f64, same_bits
 from zo_kernels import perturbed_weights, stage_, update_
-from zo_kernels.triton.shim import HAS_TRITON
+from zo_kernels.registry import has_triton
 
 pytestmark = pytest.mark.usefixtures("poison")
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+needs_triton = pytest.mark.skipif(not has_triton(), reason="needs triton")
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}
 NOISES = ("normal", "rademacher")

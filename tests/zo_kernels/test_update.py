@@ -14,10 +14,10 @@ from tests._budget import NORMAL_ERROR, assert_rounded, assert_within_budget
 from tests.zo_kernels._noise_model import model
 from tests.zo_kernels._weights import FEW, IN_PLACE, LAYOUTS, VIEWS, f64, same_bits, storage
 from zo_kernels import update_
-from zo_kernels.triton.shim import HAS_TRITON
+from zo_kernels.registry import has_triton
 
 pytestmark = pytest.mark.usefixtures("poison")
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+needs_triton = pytest.mark.skipif(not has_triton(), reason="needs triton")
 
 SEED, STEP = 2**40 + 7, 2**31 + 9
 TENSOR = 2**31 + 5

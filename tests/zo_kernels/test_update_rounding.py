@@ -20,7 +20,8 @@ from tests.zo_kernels._noise_model import model
 from tests.zo_kernels._weights import IN_PLACE, bits, f64, same_bits
 from zo_kernels import update_
 from zo_kernels.reference.update import round_stochastically
-from zo_kernels.triton.shim import HAS_TRITON, interpreted, jit, tl
+from zo_kernels.registry import has_triton, interpreted
+from zo_kernels.triton.shim import jit, tl
 from zo_kernels.triton.update import round_to_bf16
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -76,7 +77,7 @@ ROUND = [
     pytest.param(
         triton_rounded,
         id="triton",
-        marks=pytest.mark.skipif(not HAS_TRITON, reason="needs triton"),
+        marks=pytest.mark.skipif(not has_triton(), reason="needs triton"),
     ),
 ]
 

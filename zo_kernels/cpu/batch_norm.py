@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zo_kernels.layout import dense
+
 
 def paired_batch_norm(
     x: Tensor,
@@ -18,12 +20,13 @@ def paired_batch_norm(
     var: Tensor | None = None,
     relu: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    x = dense(x)
     y = torch.empty_like(x)
     if mean is None or var is None:
         shape = halves, x.shape[1]
         batch_mean, batch_var = (x.new_empty(shape, dtype=torch.float32) for _ in range(2))
     else:
-        batch_mean, batch_var = (t.float().expand(halves, -1) for t in (mean, var))
+        batch_mean, batch_var = (t.detach().float().expand(halves, -1) for t in (mean, var))
     if x.numel() == 0:
         return y, batch_mean, batch_var
     axes = [0, *range(2, x.ndim)]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zo_kernels.cpu.update import perturbed_weights
+from zo_kernels.cpu.weights import perturbed_weights
 from zo_kernels.geometry import Geometry, Pair, geometry
 from zo_kernels.reference.conv import paired_convolutions
 from zo_kernels.reference.linear import to_tf32

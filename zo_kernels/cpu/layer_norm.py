@@ -16,6 +16,7 @@ def paired_layer_norm(
     epsilon: float,
     relu: bool = False,
 ) -> Tensor:
+    x = x.contiguous()
     y = torch.empty_like(x)
     if x.numel() == 0:
         return y

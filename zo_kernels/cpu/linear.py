@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from zo_kernels.cpu.update import perturbed_weights
+from zo_kernels.cpu.weights import perturbed_weights
 from zo_kernels.reference.linear import paired_products
 
 

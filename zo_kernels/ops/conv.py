@@ -13,166 +13,52 @@ Floor for a query: `2 B Ci IH IW` activations read (half of it where the halves 
 tensor cores, staging is faster once there are many rows. In lines of 32 channels (channels_last) x
 moves 16 bytes at a time, else an element at a time.
 
+One dimension is images of height 1: a column of the noise is `k Ci + ci` either way.
+
 ElasticZO (arXiv:2501.04287), abstract: two forward passes at `w +- eps z`.
 """
+# mypy: disable-error-code="return"
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zo_kernels.geometry import Geometry, Pair, conv_size, empty_output, geometry
-from zo_kernels.layout import check_groups
-from zo_kernels.ops.linear import DTYPES, PRECISIONS, _parts
-from zo_kernels.registry import (
-    check_indices,
-    check_key,
-    check_noise,
-    check_tensor,
-    register,
-    resolve_backend,
-    twin,
+from zo_kernels.geometry import Pair, empty_output, geometry
+from zo_kernels.ops.checks import (
+    check_arithmetic,
+    check_images,
+    check_no_grad,
+    check_perturbation,
+    check_product,
+    check_rows,
+    check_series,
+    check_size,
+    check_span,
 )
-from zo_kernels.triton.conv import launch
+from zo_kernels.registry import op
 
 
-def _launch_paired_conv2d(
+def _fake(
     x: Tensor,
     w: Tensor,
-    bias: Tensor | None,
-    key: Tensor,
-    eps: Tensor,
-    tensors: tuple[int, int],
     start: int,
     stop: int,
     shared: bool,
-    geo: Geometry,
-    noise: str,
-    scales: tuple[float, float],
-    precision: str,
-    dtype: torch.dtype | None,
-    relu: bool,
-    pool: bool,
-) -> Tensor:
-    if precision == "tf32x3" and torch.version.hip:
-        raise ValueError("precision 'tf32x3' needs an NVIDIA GPU; an AMD one has 'ieee' and 'tf32'")
-    y = empty_output(x, w, stop - start, shared, geo, pool, dtype)
-    if y.numel() == 0:
-        return y
-    rows = y.shape[0] // (stop - start)
-    for first, count in _parts(start, stop):
-        here = slice((first - start) * rows, (first - start + count) * rows)
-        x_here = x if shared else x[here]
-        args = (x_here, w, bias, y[here], key, eps, tensors, first, count, shared, geo, noise)
-        launch(*args, scales, precision, relu, pool)
-    return y
-
-
-def _implementation(
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    key: Tensor,
-    eps: Tensor,
-    tensor: int,
-    bias_tensor: int | None,
-    start: int,
-    stop: int,
-    shared: bool,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    noise: str,
-    scale: float,
-    bias_scale: float,
-    precision: str,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
     compute_dtype: torch.dtype | None,
-    relu: bool,
     pool: bool,
-    backend: str,
+    **_: Any,
 ) -> Tensor:
-    x, w, bias = x.detach(), w.detach(), None if bias is None else bias.detach()
-    backend = resolve_backend(backend, w.device)
-    if backend == "triton":
-        tensors, scales = (tensor, bias_tensor or 0), (scale, bias_scale)
-        span = (start, stop, shared, geometry(stride, padding, dilation), noise)
-        rest = (precision, compute_dtype, relu, pool)
-        return _launch_paired_conv2d(x, w, bias, key, eps, tensors, *span, scales, *rest)
-    y: Tensor = twin("paired_conv2d", backend)(
-        *(x, w, bias, key, eps),
-        tensor=tensor,
-        bias_tensor=bias_tensor,
-        start=start,
-        stop=stop,
-        shared=shared,
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        noise=noise,
-        scale=scale,
-        bias_scale=bias_scale,
-        precision=precision,
-        compute_dtype=compute_dtype,
-        relu=relu,
-        pool=pool,
-    )
-    return y
+    geo = geometry(stride, padding, dilation)
+    return empty_output(x, w, stop - start, shared, geo, pool, compute_dtype)
 
 
-def _fake(x: Tensor, w: Tensor, *args: Any) -> Tensor:
-    start, stop, shared, geo = args[5], args[6], args[7], geometry(*args[8:11])
-    dtype, pool = args[15], args[17]
-    return empty_output(x, w, stop - start, shared, geo, pool, dtype)
-
-
-_OP = register(
-    "paired_conv2d(Tensor x, Tensor w, Tensor? bias, Tensor key, Tensor eps, int tensor, "
-    "int? bias_tensor, int start, int stop, bool shared, int[] stride, int[] padding, "
-    "int[] dilation, str noise, float scale, float bias_scale, str precision, "
-    "ScalarType? compute_dtype, bool relu, bool pool, str backend) -> Tensor",
-    _implementation,
-    _fake,
-)
-
-
-def _check(x: Tensor, w: Tensor, bias: Tensor | None, halves: int, shared: bool) -> None:
-    check_tensor("w", w, dtype=DTYPES)
-    check_tensor("x", x, dtype=DTYPES, device=w.device)
-    for name, t in (("w", w), ("x", x)):
-        if t.ndim != 4:
-            raise ValueError(f"{name} must have four dimensions, got shape {list(t.shape)}")
-    if 0 in w.shape or 0 in x.shape[1:]:
-        raise ValueError(
-            f"only the batch may be empty, got shapes {list(x.shape)} of x and {list(w.shape)} of w"
-        )
-    if w.shape[1] != x.shape[1]:
-        raise ValueError(
-            f"w must have the {x.shape[1]} input channels of x (groups are not supported), "
-            f"got shape {list(w.shape)}"
-        )
-    if not shared and x.shape[0] % halves:
-        raise ValueError(f"x must have equally many rows for {halves} halves, got {x.shape[0]}")
-    if bias is not None:
-        check_tensor("bias", bias, shape=[w.shape[0]], dtype=DTYPES, device=w.device)
-    if torch.is_grad_enabled() and x.requires_grad:
-        raise RuntimeError(
-            "x requires grad, and paired_conv2d has no backward: use torch.no_grad()"
-        )
-
-
-def _check_size(x: Tensor, w: Tensor, geo: Geometry, pool: bool) -> None:
-    height, width = conv_size(x.shape[2:], w.shape[2:], geo)
-    least = 2 if pool else 1
-    if min(height, width) < least:
-        raise ValueError(
-            f"the convolution must give at least {least} x {least} outputs, got {height} x {width} "
-            f"from shapes {list(x.shape)} of x and {list(w.shape)} of w"
-        )
-
-
+@op(fake=_fake)
 def paired_conv2d(
     x: Tensor,
     w: Tensor,
@@ -224,26 +110,76 @@ def paired_conv2d(
     Determinism: bit-equal in every run on one device; tiles depend on B, the order of sums on them.
     Source: arXiv:2501.04287, abstract; Spall 1992 (SPSA).
     """
-    if not 0 <= start < stop:
-        raise ValueError(f"halves need 0 <= start < stop, got start={start}, stop={stop}")
-    _check(x, w, bias, stop - start, shared)
-    geo = geometry(stride, padding, dilation)
-    _check_size(x, w, geo, pool)
-    check_key(key, w.device)
-    check_tensor("eps", eps, shape=[], dtype=[torch.float64], device=w.device)
-    check_noise(noise)
-    check_indices(tensor, (stop - 1) // 2)
-    check_groups(w.shape, noise)
-    if bias is not None and bias_tensor is None:
-        raise ValueError("bias_tensor must be the index of the bias in the model, got None")
-    check_indices(bias_tensor or 0)
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
-    if compute_dtype is not None and compute_dtype not in DTYPES:
-        raise TypeError(f"compute_dtype must be one of {DTYPES}, got {compute_dtype}")
-    args = (x, w, bias, key, eps, tensor, bias_tensor, start, stop, shared, *geo, noise, scale)
-    y: Tensor = _OP(*args, bias_scale, precision, compute_dtype, relu, pool, backend)
-    return y
+    check_span(start, stop)
+    check_product(x, w, bias, 4, "four")
+    check_images(x, w)
+    if not shared:
+        check_rows(x, stop - start)
+    check_no_grad("paired_conv2d", x=x)
+    check_size(x, w, geometry(stride, padding, dilation), pool)
+    check_perturbation(w, bias, key, eps, tensor, bias_tensor, stop, noise)
+    check_arithmetic(precision, compute_dtype)
 
 
-__all__ = ["paired_conv2d"]
+def paired_conv1d(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    key: Tensor,
+    eps: Tensor,
+    *,
+    tensor: int,
+    bias_tensor: int | None = None,
+    start: int = 0,
+    stop: int = 2,
+    shared: bool = False,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    noise: str = "normal",
+    scale: float = 1.0,
+    bias_scale: float = 1.0,
+    precision: str = "ieee",
+    compute_dtype: torch.dtype | None = None,
+    relu: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """`y_h = x_h * (w +- eps scale z_w) + (b +- eps bias_scale z_b)`, halves `start .. stop - 1`.
+
+    The arithmetic is that of `paired_conv2d`, which also reports what is wrong with sizes.
+
+    Args:
+        x: `[H B, Ci, L]` float32 or bfloat16, half after half, H = stop - start; or `[B, Ci, L]`,
+            `shared`.
+        w: `[Co, Ci, K]`, bias: `[Co]` or None, float32 or bfloat16; any strides, as for x.
+        key: `[2]` int64, (seed, step). eps: `[]` float64, the perturbation scale.
+        tensor, bias_tensor, start, stop, shared, noise, scale, bias_scale, precision,
+            compute_dtype, relu, backend: as in `paired_conv2d`.
+        stride, padding, dilation: integers.
+    Returns: `[H B, Co, OL]`, channels innermost where x has them so, else contiguous.
+    Determinism: as `paired_conv2d`.
+    Source: arXiv:2501.04287, abstract; Spall 1992 (SPSA).
+    """
+    check_series(x, w)
+    y = paired_conv2d(
+        *(x.unsqueeze(2), w.unsqueeze(2), bias, key, eps),
+        tensor=tensor,
+        bias_tensor=bias_tensor,
+        start=start,
+        stop=stop,
+        shared=shared,
+        stride=(1, stride),
+        padding=(0, padding),
+        dilation=(1, dilation),
+        noise=noise,
+        scale=scale,
+        bias_scale=bias_scale,
+        precision=precision,
+        compute_dtype=compute_dtype,
+        relu=relu,
+        backend=backend,
+    )
+    return y.squeeze(2)
+
+
+__all__ = ["paired_conv1d", "paired_conv2d"]

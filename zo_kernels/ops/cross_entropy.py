@@ -14,80 +14,30 @@ Floor: `H B C` logits read, backward read and written; an exp and about 8 operat
 
 The equations of `torch.nn.functional.cross_entropy` (mean, class indices, no weights).
 """
+# mypy: disable-error-code="return"
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from zo_kernels.registry import check_tensor, register, resolve_backend, twin
-from zo_kernels.triton.cross_entropy import launch, launch_backward
-from zo_kernels.triton.norms import DTYPES, check_no_grad
+from zo_kernels.ops.checks import check_no_grad
+from zo_kernels.registry import PRODUCT_DTYPES, check_tensor, op
 
 
-def _rows(logits: Tensor) -> Tensor:
-    """With unit stride in the classes."""
-    return logits if logits.stride(2) == 1 else logits.contiguous()
+def _fake(logits: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+    lse = logits.new_empty(logits.shape[:2], dtype=torch.float32)
+    return lse.new_empty(len(lse)), lse
 
 
-def _implementation(
-    logits: Tensor, target: Tensor, label_smoothing: float, ignore_index: int, backend: str
-) -> tuple[Tensor, Tensor]:
-    logits = logits.detach()
-    backend = resolve_backend(backend, logits.device)
-    if backend == "triton":
-        return launch(_rows(logits), target.contiguous(), label_smoothing, ignore_index)
-    given = {"label_smoothing": label_smoothing, "ignore_index": ignore_index}
-    losses, lse = twin("paired_cross_entropy", backend)(logits, target, **given)
-    return losses, lse
-
-
-def _fake(logits: Tensor, *args: object) -> tuple[Tensor, Tensor]:
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=logits.device)
-
-    return empty(logits.shape[0]), empty(*logits.shape[:2])
-
-
-def _backward_implementation(
-    logits: Tensor,
-    target: Tensor,
-    lse: Tensor,
-    grad: Tensor,
-    label_smoothing: float,
-    ignore_index: int,
-    backend: str,
-) -> Tensor:
-    logits, lse, grad = logits.detach(), lse.detach(), grad.detach()
-    backend = resolve_backend(backend, logits.device)
-    if backend == "triton":
-        saved = target.contiguous(), lse.contiguous(), grad.contiguous()
-        return launch_backward(_rows(logits), *saved, label_smoothing, ignore_index)
-    given = {"label_smoothing": label_smoothing, "ignore_index": ignore_index}
-    out: Tensor = twin("paired_cross_entropy_backward", backend)(logits, target, lse, grad, **given)
-    return out
-
-
-def _backward_fake(logits: Tensor, *args: object) -> Tensor:
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-
-
-_OP = register(
-    "paired_cross_entropy(Tensor logits, Tensor target, float label_smoothing, int ignore_index, "
-    "str backend) -> (Tensor, Tensor)",
-    _implementation,
-    _fake,
-)
-_BACKWARD_OP = register(
-    "paired_cross_entropy_backward(Tensor logits, Tensor target, Tensor lse, Tensor grad, "
-    "float label_smoothing, int ignore_index, str backend) -> Tensor",
-    _backward_implementation,
-    _backward_fake,
-)
+def _fake_backward(logits: Tensor, **_: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
 
 
 def _check(logits: Tensor, target: Tensor, label_smoothing: float) -> None:
-    check_tensor("logits", logits, dtype=DTYPES)
+    check_tensor("logits", logits, dtype=PRODUCT_DTYPES)
     if logits.ndim != 3:
         raise ValueError(f"logits must have three dimensions, got shape {list(logits.shape)}")
     if logits.shape[2] == 0:
@@ -98,6 +48,7 @@ def _check(logits: Tensor, target: Tensor, label_smoothing: float) -> None:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
 
 
+@op(fake=_fake)
 def paired_cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -129,10 +80,9 @@ def paired_cross_entropy(
     """
     _check(logits, target, label_smoothing)
     check_no_grad("paired_cross_entropy", logits=logits)
-    losses, lse = _OP(logits, target, label_smoothing, ignore_index, backend)
-    return losses, lse
 
 
+@op(fake=_fake_backward)
 def paired_cross_entropy_backward(
     logits: Tensor,
     target: Tensor,
@@ -163,9 +113,6 @@ def paired_cross_entropy_backward(
     check_tensor("lse", lse, shape=[halves, rows], dtype=fp32, device=device)
     check_tensor("grad", grad, shape=[halves], dtype=fp32, device=device)
     check_no_grad("paired_cross_entropy_backward", logits=logits, grad=grad)
-    args = (logits, target, lse, grad, label_smoothing, ignore_index, backend)
-    out: Tensor = _BACKWARD_OP(*args)
-    return out
 
 
 __all__ = ["paired_cross_entropy", "paired_cross_entropy_backward"]

@@ -13,124 +13,45 @@ Floor for a query: `2 B Ci IH IW` bytes of activations read (half of it where th
 operations, `ceil(M / BM) K Co` elements of noise. Sums are exact, so tiles, devices and backends do
 not show in the result.
 
+One dimension is images of height 1. `int8_paired_conv1d_max` is PointNet's last convolution and its
+maximum over the points: on the CPU each sum meets its maximum while it is in cache, and
+`[H B, Co, OL]` int32 (268 MB at a batch of 32) is never made. On a device the maximum is one more
+pass.
+
 ElasticZO-INT8 (arXiv:2501.04287), abstract; NITI (arXiv:2009.13108): accumulators and their range.
 """
+# mypy: disable-error-code="return"
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zo_kernels.geometry import Geometry, Pair, empty_output, geometry
-from zo_kernels.ops.checks import check_operands, check_pair
-from zo_kernels.ops.conv import _check_size
-from zo_kernels.ops.linear import _parts
-from zo_kernels.registry import register, resolve_backend, twin
-from zo_kernels.triton.int8_conv import launch
+from zo_kernels.geometry import Pair, empty_output, empty_product, geometry
+from zo_kernels.ops.checks import check_images, check_operands, check_pair, check_series, check_size
+from zo_kernels.registry import op
 
 
-def _empty(
-    x: Tensor, w: Tensor, halves: int, shared: bool, geo: Geometry, pool: bool
-) -> tuple[Tensor, Tensor]:
-    """Room for the accumulators, and bits of 0."""
-    acc = empty_output(x, w, halves, shared, geo, pool, torch.int32)
-    return acc, torch.zeros(halves, dtype=torch.int32, device=x.device)
-
-
-def _launch_int8_paired_conv2d(
+def _fake(
     x: Tensor,
     w: Tensor,
-    key: Tensor | None,
-    tensor: int,
     start: int,
     stop: int,
     shared: bool,
-    geo: Geometry,
-    p_zero: float,
-    r_max: int,
-    relu: bool,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
     pool: bool,
+    **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    acc, bits = _empty(x, w, stop - start, shared, geo, pool)
-    if acc.numel() == 0:
-        return acc, bits
-    rows = acc.shape[0] // (stop - start)
-    for first, count in _parts(start, stop):
-        at = first - start
-        here = slice(at * rows, (at + count) * rows)
-        args = (x if shared else x[here], w, acc[here], bits[at : at + count], key, tensor)
-        launch(*args, first, count, shared, geo, p_zero, r_max, relu, pool)
-    return acc, bits
+    geo = geometry(stride, padding, dilation)
+    acc = empty_output(x, w, stop - start, shared, geo, pool, torch.int32)
+    return acc, acc.new_empty(stop - start)
 
 
-def _implementation(
-    x: Tensor,
-    w: Tensor,
-    key: Tensor | None,
-    tensor: int | None,
-    start: int,
-    stop: int,
-    shared: bool,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    p_zero: float,
-    r_max: int,
-    relu: bool,
-    pool: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    backend = resolve_backend(backend, w.device)
-    if backend == "triton":
-        span = (tensor or 0, start, stop, shared, geometry(stride, padding, dilation))
-        return _launch_int8_paired_conv2d(x, w, key, *span, p_zero, r_max, relu, pool)
-    result: tuple[Tensor, Tensor] = twin("int8_paired_conv2d", backend)(
-        *(x, w, key),
-        tensor=tensor,
-        start=start,
-        stop=stop,
-        shared=shared,
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        p_zero=p_zero,
-        r_max=r_max,
-        relu=relu,
-        pool=pool,
-    )
-    return result
-
-
-def _fake(x: Tensor, w: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    start, stop, shared, geo = *args[2:5], geometry(*args[5:8])
-    return _empty(x, w, stop - start, shared, geo, args[11])
-
-
-_OP = register(
-    "int8_paired_conv2d(Tensor x, Tensor w, Tensor? key, int? tensor, int start, int stop, "
-    "bool shared, int[] stride, int[] padding, int[] dilation, float p_zero, int r_max, bool relu, "
-    "bool pool, str backend) -> (Tensor, Tensor)",
-    _implementation,
-    _fake,
-)
-
-
-def _check(x: Tensor, w: Tensor) -> None:
-    check_operands(x, w, 4, "four")
-    if 0 in w.shape or 0 in x.shape[1:]:
-        raise ValueError(
-            f"only the batch may be empty, got shapes {list(x.shape)} of x and {list(w.shape)} of w"
-        )
-    if w.shape[1] != x.shape[1]:
-        raise ValueError(
-            f"w must have the {x.shape[1]} input channels of x (groups are not supported), "
-            f"got shape {list(w.shape)}"
-        )
-
-
+@op(fake=_fake)
 def int8_paired_conv2d(
     x: Tensor,
     w: Tensor,
@@ -170,13 +91,103 @@ def int8_paired_conv2d(
     Determinism: equal on all backends, for any launch and memory format.
     Source: arXiv:2501.04287, abstract (ElasticZO-INT8); NITI (arXiv:2009.13108).
     """
-    _check(x, w)
+    check_operands(x, w, 4, "four")
+    check_images(x, w)
     check_pair(x, w, key, tensor, start, stop, shared, p_zero, r_max)
-    geo = geometry(stride, padding, dilation)
-    _check_size(x, w, geo, pool)
-    args = (x, w, key, tensor, start, stop, shared, *geo, p_zero, r_max, relu, pool)
-    acc, bits = _OP(*args, backend)
-    return acc, bits
+    check_size(x, w, geometry(stride, padding, dilation), pool)
 
 
-__all__ = ["int8_paired_conv2d"]
+def int8_paired_conv1d(
+    x: Tensor,
+    w: Tensor,
+    key: Tensor | None,
+    *,
+    tensor: int | None = None,
+    start: int = 0,
+    stop: int = 2,
+    shared: bool = False,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    p_zero: float = 0.0,
+    r_max: int = 1,
+    relu: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`acc_h = x_h * clip(w +- z)`, halves `start .. stop - 1`, and the bits of each.
+
+    The arithmetic is that of `int8_paired_conv2d`, which also reports what is wrong with sizes.
+
+    Args:
+        x: `[H B, Ci, L]` int8, half after half, H = stop - start; or `[B, Ci, L]`, `shared`.
+        w: `[Co, Ci, K]` int8; any strides, as for x.
+        key, tensor, start, stop, shared, p_zero, r_max, relu, backend: as in `int8_paired_conv2d`.
+        stride, padding, dilation: integers.
+    Returns: `[H B, Co, OL]` int32, channels innermost where x has them so, else contiguous, and
+        `[H]` int32, its `int8_range`.
+    Determinism: equal on all backends, for any launch and memory format.
+    Source: arXiv:2501.04287, abstract (ElasticZO-INT8); NITI (arXiv:2009.13108).
+    """
+    check_series(x, w)
+    acc, bits = int8_paired_conv2d(
+        *(x.unsqueeze(2), w.unsqueeze(2), key),
+        tensor=tensor,
+        start=start,
+        stop=stop,
+        shared=shared,
+        stride=(1, stride),
+        padding=(0, padding),
+        dilation=(1, dilation),
+        p_zero=p_zero,
+        r_max=r_max,
+        relu=relu,
+        backend=backend,
+    )
+    return acc.squeeze(2), bits
+
+
+def _fake_max(
+    x: Tensor, w: Tensor, start: int, stop: int, shared: bool, **_: Any
+) -> tuple[Tensor, Tensor]:
+    acc = empty_product(x, w, stop - start, shared, torch.int32)
+    return acc, acc.new_empty(stop - start)
+
+
+@op(fake=_fake_max)
+def int8_paired_conv1d_max(
+    x: Tensor,
+    w: Tensor,
+    key: Tensor | None,
+    *,
+    tensor: int | None = None,
+    start: int = 0,
+    stop: int = 2,
+    shared: bool = False,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    p_zero: float = 0.0,
+    r_max: int = 1,
+    relu: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`acc_h = max over l of (x_h * clip(w +- z))[l]`, halves `start .. stop - 1`, and the bits.
+
+    Args:
+        x: `[H B, Ci, L]` int8, half after half, H = stop - start; or `[B, Ci, L]`, `shared`.
+        w: `[Co, Ci, K]` int8; any strides, as for x.
+        key, tensor, start, stop, shared, p_zero, r_max, relu, backend: as in `int8_paired_conv2d`.
+        stride, padding, dilation: integers.
+    Returns: `[H B, Co]` int32 and `[H]` int32, its `int8_range`.
+    Determinism: equal on all backends, for any launch and memory format.
+    Source: arXiv:2501.04287, abstract (ElasticZO-INT8); NITI (arXiv:2009.13108).
+    """
+    check_series(x, w)
+    images, kernels = x.unsqueeze(2), w.unsqueeze(2)
+    check_operands(images, kernels, 4, "four")
+    check_images(images, kernels)
+    check_pair(images, kernels, key, tensor, start, stop, shared, p_zero, r_max)
+    check_size(images, kernels, geometry((1, stride), (0, padding), (1, dilation)), False)
+
+
+__all__ = ["int8_paired_conv1d", "int8_paired_conv1d_max", "int8_paired_conv2d"]

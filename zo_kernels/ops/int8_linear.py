@@ -12,6 +12,7 @@ noise. Sums are exact, so tiles, devices and backends do not show in the result.
 
 ElasticZO-INT8 (arXiv:2501.04287), abstract; NITI (arXiv:2009.13108): accumulators and their range.
 """
+# mypy: disable-error-code="return"
 
 from __future__ import annotations
 
@@ -20,87 +21,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zo_kernels.geometry import empty_product
 from zo_kernels.ops.checks import check_operands, check_pair
-from zo_kernels.ops.linear import _parts
-from zo_kernels.registry import check_tensor, register, resolve_backend, twin
-from zo_kernels.triton.int8_linear import launch
-
-
-def _empty(x: Tensor, w: Tensor, halves: int, shared: bool) -> tuple[Tensor, Tensor]:
-    """Room for the accumulators, and bits of 0."""
-    rows = x.shape[0] * halves if shared else x.shape[0]
-    acc = torch.empty((rows, w.shape[0]), dtype=torch.int32, device=x.device)
-    return acc, torch.zeros(halves, dtype=torch.int32, device=x.device)
-
-
-def _launch_int8_paired_linear(
-    x: Tensor,
-    w: Tensor,
-    key: Tensor | None,
-    tensor: int,
-    start: int,
-    stop: int,
-    shared: bool,
-    p_zero: float,
-    r_max: int,
-    relu: bool,
-) -> tuple[Tensor, Tensor]:
-    acc, bits = _empty(x, w, stop - start, shared)
-    if acc.numel() == 0:
-        return acc, bits
-    rows = acc.shape[0] // (stop - start)
-    for first, count in _parts(start, stop):
-        at = first - start
-        here = slice(at * rows, (at + count) * rows)
-        args = (x if shared else x[here], w, acc[here], bits[at : at + count], key, tensor)
-        launch(*args, first, count, shared, p_zero, r_max, relu)
-    return acc, bits
-
-
-def _implementation(
-    x: Tensor,
-    w: Tensor,
-    key: Tensor | None,
-    tensor: int | None,
-    start: int,
-    stop: int,
-    shared: bool,
-    p_zero: float,
-    r_max: int,
-    relu: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    backend = resolve_backend(backend, w.device)
-    if backend == "triton":
-        span = (tensor or 0, start, stop, shared, p_zero, r_max, relu)
-        return _launch_int8_paired_linear(x, w, key, *span)
-    result: tuple[Tensor, Tensor] = twin("int8_paired_linear", backend)(
-        *(x, w, key),
-        tensor=tensor,
-        start=start,
-        stop=stop,
-        shared=shared,
-        p_zero=p_zero,
-        r_max=r_max,
-        relu=relu,
-    )
-    return result
+from zo_kernels.registry import check_tensor, op
 
 
 def _fake(
-    x: Tensor, w: Tensor, key: Any, tensor: Any, start: int, stop: int, shared: bool, *_: Any
+    x: Tensor, w: Tensor, start: int, stop: int, shared: bool, **_: Any
 ) -> tuple[Tensor, Tensor]:
-    return _empty(x, w, stop - start, shared)
+    acc = empty_product(x, w, stop - start, shared, torch.int32)
+    return acc, acc.new_empty(stop - start)
 
 
-_OP = register(
-    "int8_paired_linear(Tensor x, Tensor w, Tensor? key, int? tensor, int start, int stop, "
-    "bool shared, float p_zero, int r_max, bool relu, str backend) -> (Tensor, Tensor)",
-    _implementation,
-    _fake,
-)
-
-
+@op(fake=_fake)
 def int8_paired_linear(
     x: Tensor,
     w: Tensor,
@@ -136,8 +69,6 @@ def int8_paired_linear(
     check_operands(x, w, 2, "two")
     check_tensor("x", x, shape=[x.shape[0], w.shape[1]])
     check_pair(x, w, key, tensor, start, stop, shared, p_zero, r_max)
-    acc, bits = _OP(x, w, key, tensor, start, stop, shared, p_zero, r_max, relu, backend)
-    return acc, bits
 
 
 __all__ = ["int8_paired_linear"]

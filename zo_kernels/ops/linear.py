@@ -14,6 +14,7 @@ pay while the rows of a half fit one block or two. Floor for a query: `N K` weig
 
 ElasticZO (arXiv:2501.04287), abstract: two forward passes at `w +- eps z`.
 """
+# mypy: disable-error-code="return"
 
 from __future__ import annotations
 
@@ -22,140 +23,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zo_kernels.layout import check_groups
-from zo_kernels.registry import (
-    check_indices,
-    check_key,
-    check_noise,
-    check_tensor,
-    register,
-    resolve_backend,
-    twin,
+from zo_kernels.geometry import empty_product
+from zo_kernels.ops.checks import (
+    check_arithmetic,
+    check_no_grad,
+    check_perturbation,
+    check_product,
+    check_rows,
+    check_span,
 )
-from zo_kernels.triton.linear import launch
-
-DTYPES = (torch.float32, torch.bfloat16)
-PRECISIONS = ("ieee", "tf32", "tf32x3")
+from zo_kernels.registry import check_tensor, op
 
 
-def _parts(start: int, stop: int) -> list[tuple[int, int]]:
-    """Halves as (first, count): a single -, whole queries, a single +."""
-    whole, end = start + start % 2, stop - stop % 2
-    parts = [(start, whole - start), (whole, end - whole), (end, stop - end)]
-    return [part for part in parts if part[1] > 0]
-
-
-def _empty(
-    x: Tensor, w: Tensor, start: int, stop: int, shared: bool, dtype: torch.dtype | None
-) -> Tensor:
-    rows = x.shape[0] * (stop - start) if shared else x.shape[0]
-    return torch.empty((rows, w.shape[0]), dtype=dtype or x.dtype, device=x.device)
-
-
-def _launch_paired_linear(
+def _fake(
     x: Tensor,
     w: Tensor,
-    bias: Tensor | None,
-    key: Tensor,
-    eps: Tensor,
-    tensors: tuple[int, int],
     start: int,
     stop: int,
     shared: bool,
-    noise: str,
-    scales: tuple[float, float],
-    precision: str,
-    dtype: torch.dtype | None,
-    relu: bool,
-) -> Tensor:
-    if precision == "tf32x3" and torch.version.hip:
-        raise ValueError("precision 'tf32x3' needs an NVIDIA GPU; an AMD one has 'ieee' and 'tf32'")
-    y = _empty(x, w, start, stop, shared, dtype)
-    if y.numel() == 0:
-        return y
-    rows = y.shape[0] // (stop - start)
-    for first, count in _parts(start, stop):
-        here = slice((first - start) * rows, (first - start + count) * rows)
-        x_here = x if shared else x[here]
-        args = (x_here, w, bias, y[here], key, eps, tensors, first, count, shared, noise, scales)
-        launch(*args, precision, relu)
-    return y
-
-
-def _implementation(
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    key: Tensor,
-    eps: Tensor,
-    tensor: int,
-    bias_tensor: int | None,
-    start: int,
-    stop: int,
-    shared: bool,
-    noise: str,
-    scale: float,
-    bias_scale: float,
-    precision: str,
     compute_dtype: torch.dtype | None,
-    relu: bool,
-    backend: str,
+    **_: Any,
 ) -> Tensor:
-    x, w, bias = x.detach(), w.detach(), None if bias is None else bias.detach()
-    backend = resolve_backend(backend, w.device)
-    if backend == "triton":
-        tensors, scales = (tensor, bias_tensor or 0), (scale, bias_scale)
-        span = (start, stop, shared, noise)
-        rest = (precision, compute_dtype, relu)
-        return _launch_paired_linear(x, w, bias, key, eps, tensors, *span, scales, *rest)
-    y: Tensor = twin("paired_linear", backend)(
-        *(x, w, bias, key, eps),
-        tensor=tensor,
-        bias_tensor=bias_tensor,
-        start=start,
-        stop=stop,
-        shared=shared,
-        noise=noise,
-        scale=scale,
-        bias_scale=bias_scale,
-        precision=precision,
-        compute_dtype=compute_dtype,
-        relu=relu,
-    )
-    return y
+    return empty_product(x, w, stop - start, shared, compute_dtype)
 
 
-def _fake(x: Tensor, w: Tensor, *args: Any) -> Tensor:
-    start, stop, shared, dtype = args[5], args[6], args[7], args[12]
-    return _empty(x, w, start, stop, shared, dtype)
-
-
-_OP = register(
-    "paired_linear(Tensor x, Tensor w, Tensor? bias, Tensor key, Tensor eps, int tensor, "
-    "int? bias_tensor, int start, int stop, bool shared, str noise, float scale, "
-    "float bias_scale, str precision, ScalarType? compute_dtype, bool relu, str backend) -> Tensor",
-    _implementation,
-    _fake,
-)
-
-
-def _check(x: Tensor, w: Tensor, bias: Tensor | None, halves: int, shared: bool) -> None:
-    check_tensor("w", w, dtype=DTYPES)
-    check_tensor("x", x, dtype=DTYPES, device=w.device)
-    for name, t in (("w", w), ("x", x)):
-        if t.ndim != 2:
-            raise ValueError(f"{name} must have two dimensions, got shape {list(t.shape)}")
-    check_tensor("x", x, shape=[x.shape[0], w.shape[1]])
-    if not shared and x.shape[0] % halves:
-        raise ValueError(f"x must have equally many rows for {halves} halves, got {x.shape[0]}")
-    if bias is not None:
-        check_tensor("bias", bias, shape=[w.shape[0]], dtype=DTYPES, device=w.device)
-    if torch.is_grad_enabled() and x.requires_grad:
-        raise RuntimeError(
-            "x requires grad, and paired_linear has no backward: use torch.no_grad()"
-        )
-
-
+@op(fake=_fake)
 def paired_linear(
     x: Tensor,
     w: Tensor,
@@ -199,24 +91,14 @@ def paired_linear(
     Determinism: bit-equal in every run on one device; tiles depend on B, the order of sums on them.
     Source: arXiv:2501.04287, abstract; Spall 1992 (SPSA).
     """
-    if not 0 <= start < stop:
-        raise ValueError(f"halves need 0 <= start < stop, got start={start}, stop={stop}")
-    _check(x, w, bias, stop - start, shared)
-    check_key(key, w.device)
-    check_tensor("eps", eps, shape=[], dtype=[torch.float64], device=w.device)
-    check_noise(noise)
-    check_indices(tensor, (stop - 1) // 2)
-    check_groups(w.shape, noise)
-    if bias is not None and bias_tensor is None:
-        raise ValueError("bias_tensor must be the index of the bias in the model, got None")
-    check_indices(bias_tensor or 0)
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
-    if compute_dtype is not None and compute_dtype not in DTYPES:
-        raise TypeError(f"compute_dtype must be one of {DTYPES}, got {compute_dtype}")
-    args = (x, w, bias, key, eps, tensor, bias_tensor, start, stop, shared, noise, scale)
-    y: Tensor = _OP(*args, bias_scale, precision, compute_dtype, relu, backend)
-    return y
+    check_span(start, stop)
+    check_product(x, w, bias, 2, "two")
+    check_tensor("x", x, shape=[x.shape[0], w.shape[1]])
+    if not shared:
+        check_rows(x, stop - start)
+    check_no_grad("paired_linear", x=x)
+    check_perturbation(w, bias, key, eps, tensor, bias_tensor, stop, noise)
+    check_arithmetic(precision, compute_dtype)
 
 
 __all__ = ["paired_linear"]

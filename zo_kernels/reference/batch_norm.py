@@ -9,6 +9,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from zo_kernels.layout import dense
+
 
 def paired_batch_norm(
     x: Tensor,
@@ -21,6 +23,7 @@ def paired_batch_norm(
     var: Tensor | None = None,
     relu: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    x = dense(x)
     x_h = rearrange(x.float(), "(h b) c ... -> h b c (...)", h=halves)
     if mean is None or var is None:
         batch_mean = x_h.mean((1, 3))
@@ -28,7 +31,7 @@ def paired_batch_norm(
         centred = x_h - rearrange(batch_mean, "h c -> h 1 c 1")
         batch_var = centred.square().mean((1, 3))
     else:
-        batch_mean, batch_var = (t.float().expand(halves, -1) for t in (mean, var))
+        batch_mean, batch_var = (t.detach().float().expand(halves, -1) for t in (mean, var))
         centred = x_h - rearrange(batch_mean, "h c -> h 1 c 1")
     y = centred * rearrange((batch_var + epsilon).rsqrt(), "h c -> h 1 c 1")
     if weight is not None:

@@ -57,4 +57,37 @@ def int8_paired_conv2d(
     return acc, int8_range(acc.contiguous(), halves=count)
 
 
-__all__ = ["convolved", "int8_paired_conv2d"]
+def int8_paired_conv1d_max(
+    x: Tensor,
+    w: Tensor,
+    key: Tensor | None,
+    *,
+    tensor: int | None = None,
+    start: int = 0,
+    stop: int = 2,
+    shared: bool = False,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    p_zero: float = 0.0,
+    r_max: int = 1,
+    relu: bool = False,
+) -> tuple[Tensor, Tensor]:
+    sums, _ = int8_paired_conv2d(
+        *(x.unsqueeze(2), w.unsqueeze(2), key),
+        tensor=tensor,
+        start=start,
+        stop=stop,
+        shared=shared,
+        stride=(1, stride),
+        padding=(0, padding),
+        dilation=(1, dilation),
+        p_zero=p_zero,
+        r_max=r_max,
+        relu=relu,
+    )
+    acc = sums.squeeze(2).amax(2)
+    return acc, int8_range(acc, halves=stop - start)
+
+
+__all__ = ["convolved", "int8_paired_conv1d_max", "int8_paired_conv2d"]

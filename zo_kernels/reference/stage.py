@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from zo_kernels.reference.sample import sample_rows
+from zo_kernels.reference.noise import sample_rows
 from zo_kernels.reference.update import Sample, updated
 from zo_kernels.reference.weights import compute_dtype, write_halves
 

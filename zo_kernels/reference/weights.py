@@ -1,24 +1,17 @@
-"""Reference of `zo_kernels.perturbed_weights`: the halves `w +- eps * scale * z_q` of a weight."""
+"""Reference of `zo_kernels.perturbed_weights`: halves `w +- eps * scale * z_q`; and `perturb_`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from zo_kernels.reference.sample import sample
+from zo_kernels.layout import empty_halves
+from zo_kernels.reference.noise import sample
 
 
 def compute_dtype(w: Tensor) -> torch.dtype:
     """The dtype in which a weight is perturbed and updated: float64 stays, all else is fp32."""
     return torch.float64 if w.dtype == torch.float64 else torch.float32
-
-
-def empty_halves(w: Tensor, count: int, dtype: torch.dtype | None) -> Tensor:
-    """`[count, *w.shape]`, each half in the memory format of `w`."""
-    like = torch.empty_like(w, dtype=dtype or w.dtype)
-    if count == 1:
-        return like.unsqueeze(0)
-    return like.new_empty_strided((count, *w.shape), (w.numel(), *like.stride()))
 
 
 def write_halves(
@@ -52,4 +45,19 @@ def perturbed_weights(
     return out
 
 
-__all__ = ["compute_dtype", "empty_halves", "perturbed_weights", "write_halves"]
+@torch.no_grad()
+def perturb_(
+    w: Tensor,
+    key: Tensor,
+    alpha: Tensor,
+    *,
+    tensor: int,
+    query: int = 0,
+    noise: str = "normal",
+) -> None:
+    wide = compute_dtype(w)
+    z = sample(w.shape, key, tensor=tensor, query=query, noise=noise)
+    w.copy_(w.to(wide) + alpha.to(wide) * z.to(wide))
+
+
+__all__ = ["compute_dtype", "perturb_", "perturbed_weights", "write_halves"]

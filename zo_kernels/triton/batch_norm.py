@@ -1,4 +1,4 @@
-"""Device side of `zo_kernels.paired_batch_norm`: its kernels and their launches.
+"""`zo_kernels.paired_batch_norm` in Triton: its kernels and their launches.
 
 A half is `outer` slabs of `rows x channels`, in which either runs innermost: `[B, C, S]` has a slab
 a sample and rows innermost; `[B, S, C]` is one slab of B S rows with channels innermost. A program
@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zo_kernels.layout import dense
 from zo_kernels.triton.norms import lane_moments, merge_moments, power_of_two
-from zo_kernels.triton.plan import Plan
+from zo_kernels.triton.plan import Plan, plan_of
 from zo_kernels.triton.shim import jit, tl, triton
 
 WARPS = 4
@@ -232,7 +233,7 @@ def _normalize_kernel(
     tl.store(y_ptr + o_x, b_y.to(y_ptr.dtype.element_ty), mask=m_x)
 
 
-def launch_moments(x: Tensor, mean: Tensor, var: Tensor, halves: int, plan: Plan) -> None:
+def _moments(x: Tensor, mean: Tensor, var: Tensor, halves: int, plan: Plan) -> None:
     """Batch statistics of each half and channel: `[H, C]` fp32, biased variance."""
     splits, per_split = plan.splits, plan.per_split
     final = splits == 1
@@ -260,7 +261,7 @@ def launch_moments(x: Tensor, mean: Tensor, var: Tensor, halves: int, plan: Plan
         )
 
 
-def launch_normalize(
+def _normalize(
     x: Tensor,
     y: Tensor,
     mean: Tensor,
@@ -291,4 +292,28 @@ def launch_normalize(
     )
 
 
-__all__ = ["launch_moments", "launch_normalize"]
+def paired_batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    halves: int,
+    epsilon: float,
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
+    relu: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = dense(x)
+    y, plan = torch.empty_like(x), plan_of(x, halves) if x.numel() else None
+    if mean is None or var is None:
+        mean, var = (x.new_empty((halves, x.shape[1]), dtype=torch.float32) for _ in range(2))
+        if plan is not None:
+            _moments(x, mean, var, halves, plan)
+    if plan is not None:
+        weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
+        _normalize(x, y, mean, var, weight, bias, epsilon, relu, halves, plan)
+    batch_mean, batch_var = (t.detach().float().expand(halves, -1) for t in (mean, var))
+    return y, batch_mean, batch_var
+
+
+__all__ = ["paired_batch_norm"]

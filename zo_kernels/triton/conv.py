@@ -6,11 +6,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zo_kernels.geometry import Geometry
+from zo_kernels.geometry import Geometry, Pair, empty_output, geometry
 from zo_kernels.layout import Layout, layout_of
-from zo_kernels.triton.linear import Tile, _operand
+from zo_kernels.registry import interpreted
+from zo_kernels.triton.linear import Tile, _operand, parts_of, refuse_on_hip
 from zo_kernels.triton.philox import KIND
-from zo_kernels.triton.shim import interpreted, jit, tl, triton
+from zo_kernels.triton.shim import jit, tl, triton
 from zo_kernels.triton.tile import shift_tile, shift_vector
 from zo_kernels.triton.weights import INT32_MAX
 
@@ -253,7 +254,7 @@ def _extent(
     )
 
 
-def launch(
+def _launch(
     x: Tensor,
     w: Tensor,
     bias: Tensor | None,
@@ -318,4 +319,42 @@ def launch(
     )
 
 
-__all__ = ["GATHERED_COLS", "TILES", "Tile", "launch", "tile_for"]
+def paired_conv2d(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    key: Tensor,
+    eps: Tensor,
+    *,
+    tensor: int,
+    bias_tensor: int | None = None,
+    start: int = 0,
+    stop: int = 2,
+    shared: bool = False,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    noise: str = "normal",
+    scale: float = 1.0,
+    bias_scale: float = 1.0,
+    precision: str = "ieee",
+    compute_dtype: torch.dtype | None = None,
+    relu: bool = False,
+    pool: bool = False,
+) -> Tensor:
+    refuse_on_hip(precision)
+    geo = geometry(stride, padding, dilation)
+    y = empty_output(x, w, stop - start, shared, geo, pool, compute_dtype)
+    if y.numel() == 0:
+        return y
+    rows = y.shape[0] // (stop - start)
+    tensors, scales = (tensor, bias_tensor or 0), (scale, bias_scale)
+    for first, count in parts_of(start, stop):
+        here = slice((first - start) * rows, (first - start + count) * rows)
+        x_here = x if shared else x[here]
+        args = (x_here, w, bias, y[here], key, eps, tensors, first, count, shared, geo, noise)
+        _launch(*args, scales, precision, relu, pool)
+    return y
+
+
+__all__ = ["GATHERED_COLS", "TILES", "Tile", "paired_conv2d", "tile_for"]

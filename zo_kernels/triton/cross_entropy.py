@@ -218,8 +218,19 @@ def _strides(x: Tensor) -> tuple[int, tuple[int, int, int]]:
     return align, (classes, s_half, s_row)
 
 
-def launch(x: Tensor, target: Tensor, smoothing: float, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Losses and log-sum-exp; classes have unit stride."""
+def _with_unit_stride(logits: Tensor) -> Tensor:
+    """With unit stride in the classes."""
+    return logits if logits.stride(2) == 1 else logits.contiguous()
+
+
+def paired_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor]:
+    x, target, smoothing = _with_unit_stride(logits), target.contiguous(), label_smoothing
     (halves, rows, classes), device = x.shape, x.device
     losses = torch.empty(halves, dtype=torch.float32, device=device)
     lse = torch.empty((halves, rows), dtype=torch.float32, device=device)
@@ -250,10 +261,17 @@ def launch(x: Tensor, target: Tensor, smoothing: float, ignore_index: int) -> tu
     return losses, lse
 
 
-def launch_backward(
-    x: Tensor, target: Tensor, lse: Tensor, grad: Tensor, smoothing: float, ignore_index: int
+def paired_cross_entropy_backward(
+    logits: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    grad: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
 ) -> Tensor:
-    """The gradient of the logits; classes have unit stride."""
+    x, smoothing = _with_unit_stride(logits), label_smoothing
+    target, lse, grad = target.contiguous(), lse.contiguous(), grad.contiguous()
     halves, rows, classes = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
@@ -282,4 +300,4 @@ def launch_backward(
     return out
 
 
-__all__ = ["launch", "launch_backward", "tile_for"]
+__all__ = ["paired_cross_entropy", "paired_cross_entropy_backward", "tile_for"]

@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from zo_kernels.geometry import Geometry
+from zo_kernels.geometry import Geometry, Pair, empty_output, geometry
 from zo_kernels.int8 import sparse_constants
 from zo_kernels.layout import layout_of
 from zo_kernels.triton.conv import _columns, _extent, _inside, _places
 from zo_kernels.triton.int8_linear import raise_range, rectified, sparse_tile
+from zo_kernels.triton.int8_range import int8_range
 from zo_kernels.triton.integer import clip
-from zo_kernels.triton.linear import Tile
+from zo_kernels.triton.linear import Tile, parts_of
 from zo_kernels.triton.shim import jit, tl, triton
 from zo_kernels.triton.weights import INT32_MAX
 
@@ -173,7 +175,7 @@ def _int8_paired_conv2d_kernel(
         _store(p_acc, m_acc, acc_minus, m_n, bits_ptr, q * HALVES + 1, RELU, POOL)
 
 
-def launch(
+def _launch(
     x: Tensor,
     w: Tensor,
     acc: Tensor,
@@ -229,4 +231,66 @@ def launch(
     )
 
 
-__all__ = ["DEPTH", "GATHERED", "TILES", "launch", "tile_for"]
+def int8_paired_conv2d(
+    x: Tensor,
+    w: Tensor,
+    key: Tensor | None,
+    *,
+    tensor: int | None = None,
+    start: int = 0,
+    stop: int = 2,
+    shared: bool = False,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    p_zero: float = 0.0,
+    r_max: int = 1,
+    relu: bool = False,
+    pool: bool = False,
+) -> tuple[Tensor, Tensor]:
+    halves, geo = stop - start, geometry(stride, padding, dilation)
+    acc = empty_output(x, w, halves, shared, geo, pool, torch.int32)
+    bits = torch.zeros(halves, dtype=torch.int32, device=x.device)
+    rows = acc.shape[0] // halves
+    for first, count in parts_of(start, stop) if acc.numel() else []:
+        at = first - start
+        here = slice(at * rows, (at + count) * rows)
+        args = (x if shared else x[here], w, acc[here], bits[at : at + count], key, tensor or 0)
+        _launch(*args, first, count, shared, geo, p_zero, r_max, relu, pool)
+    return acc, bits
+
+
+def int8_paired_conv1d_max(
+    x: Tensor,
+    w: Tensor,
+    key: Tensor | None,
+    *,
+    tensor: int | None = None,
+    start: int = 0,
+    stop: int = 2,
+    shared: bool = False,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    p_zero: float = 0.0,
+    r_max: int = 1,
+    relu: bool = False,
+) -> tuple[Tensor, Tensor]:
+    sums, _ = int8_paired_conv2d(
+        *(x.unsqueeze(2), w.unsqueeze(2), key),
+        tensor=tensor,
+        start=start,
+        stop=stop,
+        shared=shared,
+        stride=(1, stride),
+        padding=(0, padding),
+        dilation=(1, dilation),
+        p_zero=p_zero,
+        r_max=r_max,
+        relu=relu,
+    )
+    acc = sums.squeeze(2).amax(2)
+    return acc, int8_range(acc, halves=stop - start)
+
+
+__all__ = ["DEPTH", "GATHERED", "TILES", "int8_paired_conv1d_max", "int8_paired_conv2d", "tile_for"]

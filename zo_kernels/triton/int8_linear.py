@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from zo_kernels.geometry import empty_product
 from zo_kernels.int8 import sparse_constants
 from zo_kernels.triton.integer import bit_length, clip, magnitude_less_one
-from zo_kernels.triton.linear import GROUP, Tile, _extent
+from zo_kernels.triton.linear import GROUP, Tile, _extent, parts_of
 from zo_kernels.triton.philox import words
 from zo_kernels.triton.shim import jit, tl, triton
 from zo_kernels.triton.weights import INT32_MAX
@@ -163,7 +165,7 @@ def _int8_paired_linear_kernel(
         raise_range(bits_ptr, q * HALVES + 1, acc_minus)
 
 
-def launch(
+def launch_product(
     x: Tensor,
     w: Tensor,
     acc: Tensor,
@@ -204,4 +206,38 @@ def launch(
     )
 
 
-__all__ = ["RAGGED", "TILES", "launch", "raise_range", "rectified", "sparse_tile", "tile_for"]
+def int8_paired_linear(
+    x: Tensor,
+    w: Tensor,
+    key: Tensor | None,
+    *,
+    tensor: int | None = None,
+    start: int = 0,
+    stop: int = 2,
+    shared: bool = False,
+    p_zero: float = 0.0,
+    r_max: int = 1,
+    relu: bool = False,
+) -> tuple[Tensor, Tensor]:
+    halves = stop - start
+    acc = empty_product(x, w, halves, shared, torch.int32)
+    bits = torch.zeros(halves, dtype=torch.int32, device=x.device)
+    rows = acc.shape[0] // halves
+    for first, count in parts_of(start, stop) if acc.numel() else []:
+        at = first - start
+        here = slice(at * rows, (at + count) * rows)
+        args = (x if shared else x[here], w, acc[here], bits[at : at + count], key, tensor or 0)
+        launch_product(*args, first, count, shared, p_zero, r_max, relu)
+    return acc, bits
+
+
+__all__ = [
+    "RAGGED",
+    "TILES",
+    "int8_paired_linear",
+    "launch_product",
+    "raise_range",
+    "rectified",
+    "sparse_tile",
+    "tile_for",
+]

@@ -1,18 +1,4 @@
-"""`log2 sum_j 2^p_j - p_y`, summed over the batch, in fixed point: no float takes part.
-
-`p_j = 47274 q_j 2^e / 2^15` is the logit `q_j 2^e` times log2(e) = 1.44269 to five digits, so this
-is the cross-entropy in bits. With `d_j = p_max - p_j` a sample's loss is `d_y + log2 sum_j 2^-d_j`;
-`d`, the logarithm and the loss have F fractional bits, rounded to nearest, powers have 30. An error
-of at most 1.5 units of 2^-F a sample: half a unit from `d_y`, from the other `d_j` and from the
-logarithm. Powers and logarithms are integer products (`zo_kernels.triton.integer`), the same
-everywhere; no table in memory.
-
-A program owns a block of rows of one half; halves are summed by atomic additions of integers, whose
-order does not show. Traffic: the logits, read twice, once from cache. Operations: F high products a
-logit, F + 1 a sample.
-
-ElasticZO-INT8 (arXiv:2501.04287), abstract: the ZO gradient from integer cross-entropy values.
-"""
+"""`zo_kernels.integer_cross_entropy`, its sign and its softmax error in Triton."""
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,operator,index"
 
 from __future__ import annotations
@@ -20,9 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zo_kernels.int8 import BAD_LABEL, check_logits
-from zo_kernels.registry import register, resolve_backend, twin
-from zo_kernels.triton.integer import exp2, log2, scaled
+from zo_kernels.int8 import BAD_LABEL, ERROR_BITS, ERROR_EXPONENT, ROUNDINGS
+from zo_kernels.triton.integer import STOCHASTIC, clip, exp2, log2, round_shift, scaled
+from zo_kernels.triton.philox import words
 from zo_kernels.triton.shim import jit, tl, triton
 
 TILE = 1024  # logits of a tile
@@ -31,6 +17,12 @@ MAX_ROWS = 64
 WARPS = 4
 INT32_MAX = 2**31 - 1
 BAD = tl.constexpr(BAD_LABEL)
+SIGN_BLOCK = 128
+BITS = tl.constexpr(ERROR_BITS)
+SHIFT = tl.constexpr(ERROR_BITS + ERROR_EXPONENT)
+ONE = tl.constexpr(1 << ERROR_BITS)
+EXPONENT = tl.constexpr(ERROR_EXPONENT)
+PURPOSE = tl.constexpr(1 << 24)
 
 
 @jit
@@ -97,9 +89,10 @@ def tile(classes: int, batch: int) -> tuple[int, int]:
     return min(TILE // cols, MAX_ROWS, triton.next_power_of_2(batch)), cols
 
 
-def _launch_integer_cross_entropy(
-    logits: Tensor, exponent: Tensor, target: Tensor, fraction_bits: int
+def integer_cross_entropy(
+    logits: Tensor, exponent: Tensor, target: Tensor, *, fraction_bits: int = 12
 ) -> Tensor:
+    logits, exponent, target = logits.contiguous(), exponent.contiguous(), target.contiguous()
     halves, batch, classes = logits.shape
     losses = torch.zeros(halves, dtype=torch.int64, device=logits.device)
     if logits.numel() == 0:
@@ -118,56 +111,112 @@ def _launch_integer_cross_entropy(
     return losses
 
 
-def _implementation(
-    logits: Tensor, exponent: Tensor, target: Tensor, fraction_bits: int, backend: str
-) -> Tensor:
-    backend = resolve_backend(backend, logits.device)
-    where = (logits.contiguous(), exponent.contiguous(), target.contiguous())
-    if backend == "triton":
-        return _launch_integer_cross_entropy(*where, fraction_bits)
-    losses: Tensor = twin("integer_cross_entropy", backend)(*where, fraction_bits=fraction_bits)
-    return losses
+@jit
+def _tile_words(key_ptr, o_row, o_c, classes, tensor, query):
+    """The rounding word of each element [BM, BN]: a call serves 4 columns, each makes its own."""
+    o_row = o_row.to(tl.uint32)
+    group = o_row * tl.cast((classes + 3) // 4, tl.uint32) + (o_c // 4).to(tl.uint32)
+    third = PURPOSE + tl.cast(query, tl.uint32)
+    w0, w1, w2, w3 = words(key_ptr, group, tensor, third)
+    lane = o_c % 4
+    low, high = tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3)
+    return tl.where(lane < 2, low, high).to(tl.uint32)
 
 
-def _fake(logits: Tensor, exponent: Tensor, target: Tensor, bits: int, backend: str) -> Tensor:
-    return torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
+@jit(do_not_specialize=["blocks", "tensor", "query"])
+def _softmax_error_kernel(
+    logits_ptr,
+    exponent_ptr,
+    target_ptr,
+    key_ptr,
+    out_ptr,
+    total_ptr,
+    blocks,
+    batch,
+    classes,
+    tensor,
+    query,
+    ROUNDING: tl.constexpr,
+    F: tl.constexpr,
+    INT64: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    half = tl.program_id(0) // blocks
+    exponent = tl.load(exponent_ptr + half)
+    tl.store(total_ptr + half, EXPONENT)
+    o_row = (tl.program_id(0) % blocks) * BM + tl.arange(0, BM)
+    m_row = o_row < batch
+    first = half
+    if INT64:
+        first = half.to(tl.int64)
+    o_first = ((first * batch + o_row) * classes)[:, None]
+    b_target = tl.load(target_ptr + o_row, mask=m_row, other=0)
+    b_top = largest(logits_ptr + o_first, m_row, classes, BM, BN)
+    b_sum = sum_of_powers(logits_ptr + o_first, m_row, b_top, exponent, classes, F, BM, BN)
+    for c in range(0, classes, BN):
+        o_c = (c + tl.arange(0, BN))[None, :]
+        m_q = m_row[:, None] & (o_c < classes)
+        b_q = tl.load(logits_ptr + o_first + o_c, mask=m_q, other=-128).to(tl.int32)
+        b_y = exp2(scaled(b_top[:, None] - b_q, exponent, F), F).to(tl.int64)
+        b_error = ((b_y << BITS) // b_sum[:, None]).to(tl.int32)
+        b_error -= tl.where(o_c == b_target[:, None], ONE, 0)
+        b_words = 0
+        if ROUNDING == STOCHASTIC:
+            b_words = _tile_words(key_ptr, o_row[:, None], o_c, classes, tensor, query)
+        b_error = clip(round_shift(b_error, tl.cast(SHIFT, tl.uint32), b_words, ROUNDING))
+        tl.store(out_ptr + o_first + o_c, b_error.to(tl.int8), mask=m_q)
 
 
-_OP = register(
-    "integer_cross_entropy(Tensor logits, Tensor exponent, Tensor target, int fraction_bits, "
-    "str backend) -> Tensor",
-    _implementation,
-    _fake,
-)
-
-
-def integer_cross_entropy(
+def integer_softmax_error(
     logits: Tensor,
     exponent: Tensor,
     target: Tensor,
     *,
     fraction_bits: int = 12,
-    backend: str = "auto",
-) -> Tensor:
-    """Cross-entropy of int8 logits in bits, summed over the batch, in units of 2^-F.
+    rounding: str = "stochastic",
+    key: Tensor | None = None,
+    tensor: int = 0,
+    query: int = 0,
+) -> tuple[Tensor, Tensor]:
+    logits, exponent, target = logits.contiguous(), exponent.contiguous(), target.contiguous()
+    halves, batch, classes = logits.shape
+    out, total = torch.empty_like(logits), torch.empty_like(exponent)
+    if logits.numel() == 0:
+        return out, total.fill_(ERROR_EXPONENT)
+    rows, cols = tile(classes, batch)
+    blocks = triton.cdiv(batch, rows)
+    _softmax_error_kernel[(halves * blocks,)](
+        *(logits, exponent, target, exponent if key is None else key, out, total),
+        *(blocks, batch, classes, tensor, query),
+        ROUNDING=ROUNDINGS[rounding],
+        F=fraction_bits,
+        INT64=logits.numel() + (rows + 1) * classes + cols > INT32_MAX,
+        BM=rows,
+        BN=cols,
+        num_warps=WARPS,
+        enable_fp_fusion=True,
+    )
+    return out, total
 
-    `sum_b log2 sum_j 2^p_bj - p_by`, `p = 47274 q 2^e / 2^15`; within 1.5 units a sample.
 
-    Args:
-        logits: `[H, B, C]` int8, each half with its own exponent; B <= 2^24.
-        exponent: `[H]` int32; on the device it is clamped to [-24, 8], which saturates: above,
-            all but the largest logits vanish; below, all classes are alike.
-        target: `[B]` int64 in [0, C). On the CPU a label outside is an error; a GPU cannot raise
-            without waiting, and adds 2^38 for it to the losses of all halves alike.
-        fraction_bits: F in [0, 16]; 0 is integers alone.
-        backend: "auto", "triton", "numba" or "reference".
-    Returns: `[H]` int64 >= 0, below 2^58 (B = 0 gives 0).
-    Determinism: equal on all backends, for any launch.
-    Source: arXiv:2501.04287, abstract (ElasticZO-INT8); 47274 / 2^15 from NITI (arXiv:2009.13108).
-    """
-    check_logits(logits, exponent, target, fraction_bits)
-    losses: Tensor = _OP(logits, exponent, target, fraction_bits, backend)
-    return losses
+@jit(do_not_specialize=["queries"])
+def _sign_kernel(losses_ptr, out_ptr, queries, BLOCK: tl.constexpr):
+    o_q = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m_q = o_q < queries
+    b_plus = tl.load(losses_ptr + 2 * o_q, mask=m_q, other=0)
+    b_minus = tl.load(losses_ptr + 2 * o_q + 1, mask=m_q, other=0)
+    b_sign = (b_plus > b_minus).to(tl.int32) - (b_plus < b_minus).to(tl.int32)
+    tl.store(out_ptr + o_q, b_sign, mask=m_q)
 
 
-__all__ = ["integer_cross_entropy", "largest", "sum_of_powers", "tile"]
+def integer_projected_sign(losses: Tensor) -> Tensor:
+    signs = losses.new_empty(losses.shape[0] // 2, dtype=torch.int32)
+    if signs.numel():
+        grid = (triton.cdiv(signs.numel(), SIGN_BLOCK),)
+        settings = {"BLOCK": SIGN_BLOCK, "num_warps": 1, "enable_fp_fusion": True}
+        _sign_kernel[grid](losses, signs, signs.numel(), **settings)
+    return signs
+
+
+__all__ = ["integer_cross_entropy", "integer_projected_sign", "integer_softmax_error"]

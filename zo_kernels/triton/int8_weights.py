@@ -1,34 +1,24 @@
-"""`W+- = clip(w +- z_q)` of an int8 weight: the staged halves, from one read of it.
-
-`z` is the sparse noise in [-r_max, r_max]; halves are numbered as in `perturbed_weights`: half `2q`
-is `+`, half `2q + 1` is `-`, of query `q`. The weight's exponent is that of its halves. Traffic:
-one byte read, one written a half; 8 elements of noise a Philox call.
-
-ElasticZO-INT8 (arXiv:2501.04287), abstract: perturbation and update in integers.
-"""
+"""`zo_kernels.int8_perturbed_weights` and `int8_update_` in Triton."""
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,operator,index"
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from zo_kernels.int8 import check_sparse, sparse_constants
-from zo_kernels.layout import PER_CALL, check_groups, groups_per_row, layout_of
-from zo_kernels.registry import (
-    check_indices,
-    check_key,
-    check_tensor,
-    register,
-    resolve_backend,
-    twin,
-)
-from zo_kernels.triton.integer import clip, sparse_noise
+from zo_kernels.int8 import ROUNDINGS, sparse_constants, update_shift
+from zo_kernels.layout import PER_CALL, empty_halves, groups_per_row, layout_of
+from zo_kernels.triton import table as tables
+from zo_kernels.triton.integer import STOCHASTIC, clip, round_shift, rounding_words, sparse_noise
 from zo_kernels.triton.shim import jit, tl, triton
+from zo_kernels.triton.table import FIELDS, row_offset, source_row
 from zo_kernels.triton.weights import element_offset
 
 BLOCK = 2048  # 16 elements a thread: accesses of 16 bytes, two Philox calls
 WARPS = 4
+UPDATE_WARPS = 2  # 16 elements a thread: accesses of 16 bytes, two Philox calls a query
 INT32_MAX = 2**31 - 1
 PER = PER_CALL["sparse_int8"]
 
@@ -125,16 +115,17 @@ def _launch(
     )
 
 
-def _empty_halves(w: Tensor, count: int) -> Tensor:
-    """`[count, *w.shape]`, each half in the memory format of `w`."""
-    like = torch.empty_like(w)
-    return like.new_empty_strided((count, *w.shape), (w.numel(), *like.stride()))
-
-
-def _launch_int8_perturbed_weights(
-    w: Tensor, key: Tensor, tensor: int, start: int, stop: int, p_zero: float, r_max: int
+def int8_perturbed_weights(
+    w: Tensor,
+    key: Tensor,
+    *,
+    tensor: int,
+    start: int = 0,
+    stop: int = 2,
+    p_zero: float = 0.0,
+    r_max: int = 1,
 ) -> Tensor:
-    out = _empty_halves(w, stop - start)
+    out = empty_halves(w, stop - start, None)
     if w.numel() == 0:
         return out
     if layout_of(w) is not None and layout_of(out[0]) is not None:
@@ -146,80 +137,128 @@ def _launch_int8_perturbed_weights(
     return out.copy_(halves)
 
 
-def _implementation(
-    w: Tensor,
+@jit
+def _sum_of_noise(
+    g_ptr,
+    key_ptr,
+    queries,
+    pid,
+    tensor,
+    p0,
+    magic,
+    shift,
+    r_max,
+    PER: tl.constexpr,
+    N: tl.constexpr,
+):
+    """`sum_q g_q z_q` [N] int32 of a block."""
+    o_group = pid * (N // PER) + tl.arange(0, N // PER)
+    b_total = tl.zeros([N], dtype=tl.int32)
+    for q in range(queries):
+        b_z = sparse_noise(key_ptr, o_group, tensor, q, p0, magic, shift, r_max)
+        b_total += tl.load(g_ptr + q) * b_z
+    return b_total
+
+
+@jit
+def _shifted(
+    b_total,
+    s,
+    key_ptr,
+    pid,
+    cols,
+    padded_cols,
+    tensor,
+    FOUR: tl.constexpr,
+    ROUNDING: tl.constexpr,
+):
+    """The sums [N], shifted right and rounded."""
+    if ROUNDING == STOCHASTIC:
+        N: tl.constexpr = b_total.shape[0]
+        b_words = rounding_words(key_ptr, pid, cols, padded_cols, tensor, 0, FOUR, N)
+        return round_shift(b_total, tl.cast(s, tl.uint32), b_words, ROUNDING)
+    else:
+        return round_shift(b_total, tl.cast(s, tl.uint32), 0, ROUNDING)
+
+
+@jit(do_not_specialize=["queries", "p0", "magic", "shift", "r_max", "s"])
+def _int8_update_kernel(
+    table_ptr,  # [T, FIELDS] int64
+    block_ptr,  # [programs] int32: the tensor of each program
+    key_ptr,
+    g_ptr,
+    queries,
+    p0,
+    magic,
+    shift,
+    r_max,
+    s,
+    ROUNDING: tl.constexpr,
+    PER: tl.constexpr,
+    INT64: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    t = tl.load(block_ptr + tl.program_id(0))
+    p_row = table_ptr + t * FIELDS
+    w_ptr = tl.load(p_row).to(tl.pointer_type(tl.int8))
+    pid, elements, cols, padded_cols, _ = source_row(table_ptr, t, INT64)
+    tensor = tl.load(p_row + 9)
+    # fmt: off
+    b_total = _sum_of_noise(g_ptr, key_ptr, queries, pid, tensor, p0, magic, shift, r_max,
+                            PER, BLOCK)
+    # fmt: on
+    o_e = pid * BLOCK + tl.arange(0, BLOCK)
+    if tl.load(p_row + 11) != 0:
+        # 16-byte accesses: pointer and length of a flat tensor are multiples of 16. The product
+        # says so of the length; Triton 3.6 does not believe `multiple_of` a loaded one.
+        m_e = o_e < elements // 16 * 16
+        p_w = tl.multiple_of(w_ptr, 16) + o_e
+        b_shift = _shifted(b_total, s, key_ptr, pid, cols, padded_cols, tensor, True, ROUNDING)
+        b_w = tl.load(p_w, mask=m_e, other=0).to(tl.int32)
+        tl.store(p_w, clip(b_w - b_shift).to(tl.int8), mask=m_e)
+    else:
+        o_row = o_e // padded_cols
+        o_col = o_e % padded_cols
+        m_e = (o_e < elements) & (o_col < cols)
+        p_w = w_ptr + row_offset(table_ptr, t, o_row, o_col, 6, INT64)
+        b_shift = _shifted(b_total, s, key_ptr, pid, cols, padded_cols, tensor, False, ROUNDING)
+        b_w = tl.load(p_w, mask=m_e, other=0).to(tl.int32)
+        tl.store(p_w, clip(b_w - b_shift).to(tl.int8), mask=m_e)
+
+
+def int8_update_(
+    params: Sequence[Tensor],
     key: Tensor,
-    tensor: int,
-    start: int,
-    stop: int,
-    p_zero: float,
-    r_max: int,
-    backend: str,
-) -> Tensor:
-    backend = resolve_backend(backend, w.device)
-    if backend == "triton":
-        return _launch_int8_perturbed_weights(w, key, tensor, start, stop, p_zero, r_max)
-    halves: Tensor = twin("int8_perturbed_weights", backend)(
-        w, key, tensor=tensor, start=start, stop=stop, p_zero=p_zero, r_max=r_max
-    )
-    return halves
-
-
-def _fake(
-    w: Tensor,
-    key: Tensor,
-    tensor: int,
-    start: int,
-    stop: int,
-    p_zero: float,
-    r_max: int,
-    backend: str,
-) -> Tensor:
-    return _empty_halves(w, stop - start)
-
-
-_OP = register(
-    "int8_perturbed_weights(Tensor w, Tensor key, int tensor, int start, int stop, "
-    "float p_zero, int r_max, str backend) -> Tensor",
-    _implementation,
-    _fake,
-)
-
-
-def int8_perturbed_weights(
-    w: Tensor,
-    key: Tensor,
+    g: Tensor,
     *,
-    tensor: int,
-    start: int = 0,
-    stop: int = 2,
+    tensors: Sequence[int],
     p_zero: float = 0.0,
     r_max: int = 1,
-    backend: str = "auto",
-) -> Tensor:
-    """Halves `start .. stop - 1` of `clip(w +- z_q)`; half `2q` is +, `2q + 1` is -.
+    b_zo: int = 1,
+    rounding: str = "nearest",
+) -> None:
+    """One launch for all weights; those that no kernel can walk in contiguous copies."""
+    present = [i for i, w in enumerate(params) if w.numel()]
+    if not present:
+        return
+    of = [params[i] for i in present]
+    targets = [w if layout_of(w) is not None else w.contiguous() for w in of]
+    zeros, ones = [0] * len(of), [1.0] * len(of)
+    indices = [tensors[i] for i in present]
+    table = tables.table_of(targets, indices, zeros, ones, "sparse_int8")
+    _int8_update_kernel[(table.blocks.numel(),)](
+        *(table.fields, table.blocks, key, g, g.numel()),
+        *(*sparse_constants(p_zero, r_max), r_max, update_shift(g.numel(), r_max, b_zo)),
+        ROUNDING=ROUNDINGS[rounding],
+        PER=PER_CALL["sparse_int8"],
+        INT64=table.int64,
+        BLOCK=tables.BLOCK,
+        num_warps=2 * UPDATE_WARPS if table.int64 else UPDATE_WARPS,  # 64-bit divisions would spill
+        enable_fp_fusion=True,
+    )
+    for w, target in zip(of, targets, strict=True):
+        if w is not target:
+            w.copy_(target)
 
-    Args:
-        w: `[...]` int8; any strides. Only read.
-        key: `[2]` int64, (seed, step), on the device of `w`.
-        tensor: index of the tensor in the model, the noise's second counter word.
-        start, stop: halves wanted, `0 <= start < stop`.
-        p_zero: probability in [0, 1) that an element is not perturbed. Fixed at launch.
-        r_max: largest perturbation, in [1, 127]. Fixed at launch.
-        backend: "auto", "triton", "numba" or "reference".
-    Returns: `[stop - start, *w.shape]` int8 in [-127, 127], each half in the memory format of `w`.
-    Determinism: equal on all backends, for any launch and memory format.
-    Source: arXiv:2501.04287, abstract (ElasticZO-INT8).
-    """
-    check_tensor("w", w, dtype=[torch.int8])
-    check_key(key, w.device)
-    if not 0 <= start < stop:
-        raise ValueError(f"halves need 0 <= start < stop, got start={start}, stop={stop}")
-    check_indices(tensor, (stop - 1) // 2)
-    check_sparse(p_zero, r_max)
-    check_groups(w.shape, "sparse_int8")
-    halves: Tensor = _OP(w, key, tensor, start, stop, p_zero, r_max, backend)
-    return halves
 
-
-__all__ = ["int8_perturbed_weights"]
+__all__ = ["int8_perturbed_weights", "int8_update_"]

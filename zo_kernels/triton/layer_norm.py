@@ -1,14 +1,4 @@
-"""`y = (x - mean) / sqrt(var + epsilon) * weight_h + bias_h` over the last dimension, half by half.
-
-Up to 16384 columns (8192 if odd) a program holds a row, or several short ones, in registers: one
-read of x and one write of y, `2 N` elements, which is the floor. Longer rows are read twice, `3 N`:
-a first loop for the moments, a second for y. About 8 operations an element.
-
-The moments are of x less the first value of its row, in two steps (mean, then squared deviations):
-a large mean cancels no digits. The long kernel merges moments of its lanes by Chan's formula.
-
-Ba, Kiros and Hinton 2016 (arXiv:1607.06450).
-"""
+"""`zo_kernels.paired_layer_norm` in Triton: rows in registers, or long ones read twice."""
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,operator,index"
 
 from __future__ import annotations
@@ -16,18 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zo_kernels.registry import check_tensor, register, resolve_backend, twin
-from zo_kernels.triton.norms import (
-    DTYPES,
-    alignment,
-    check_affine,
-    check_epsilon,
-    check_halves,
-    check_no_grad,
-    lane_moments,
-    merge_moments,
-    power_of_two,
-)
+from zo_kernels.triton.norms import alignment, lane_moments, merge_moments, power_of_two
 from zo_kernels.triton.shim import jit, tl, triton
 
 # Not yet measured on a GPU: 32 elements a thread; 16 in long rows, where 32 spill on sm_80.
@@ -146,15 +125,16 @@ def tile_for(rows: int, cols: int) -> tuple[int, int, int]:
     return height, width, 8 if is_long(cols) else max(height * width // 1024, 4)
 
 
-def _launch_paired_layer_norm(
+def paired_layer_norm(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    *,
     halves: int,
     epsilon: float,
-    relu: bool,
+    relu: bool = False,
 ) -> Tensor:
-    """x is contiguous."""
+    x = x.contiguous()
     y = torch.empty_like(x)
     if y.numel() == 0:
         return y
@@ -185,72 +165,4 @@ def _launch_paired_layer_norm(
     return y
 
 
-def _implementation(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    halves: int,
-    epsilon: float,
-    relu: bool,
-    backend: str,
-) -> Tensor:
-    x = x.detach().contiguous()
-    weight, bias = (None if t is None else t.detach() for t in (weight, bias))
-    backend = resolve_backend(backend, x.device)
-    if backend == "triton":
-        return _launch_paired_layer_norm(x, weight, bias, halves, epsilon, relu)
-    given = {"halves": halves, "epsilon": epsilon, "relu": relu}
-    y: Tensor = twin("paired_layer_norm", backend)(x, weight, bias, **given)
-    return y
-
-
-def _fake(x: Tensor, *args: object) -> Tensor:
-    return torch.empty_like(x.contiguous())
-
-
-_OP = register(
-    "paired_layer_norm(Tensor x, Tensor? weight, Tensor? bias, int halves, float epsilon, "
-    "bool relu, str backend) -> Tensor",
-    _implementation,
-    _fake,
-)
-
-
-def paired_layer_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    *,
-    halves: int,
-    epsilon: float,
-    relu: bool = False,
-    backend: str = "auto",
-) -> Tensor:
-    """`y = (x - mean) / sqrt(var + epsilon) * weight_h + bias_h`; moments over the last dimension.
-
-    Moments and y are made in fp32, y is rounded once. A row with NaN or an infinite value is NaN.
-
-    Args:
-        x: `[H B, ..., D]` float32 or bfloat16, halves one after another; copied first if it is not
-            contiguous. Only read.
-        weight, bias: `[H, D]` float32 or bfloat16, staged for every half; None is 1 or 0.
-        halves: H, how many halves the batch holds.
-        epsilon: added to the variance; not negative.
-        relu: apply it to the result (NaN stays).
-        backend: "auto", "triton", "numba" or "reference".
-    Returns: `[H B, ..., D]`, contiguous, in the dtype of x.
-    Determinism: bit-equal in every run on one backend; the order of sums depends on the shape only.
-    Source: arXiv:1607.06450, equations 3 and 4.
-    """
-    check_tensor("x", x, dtype=DTYPES)
-    if x.ndim < 2:
-        raise ValueError(f"x must have at least two dimensions, got shape {list(x.shape)}")
-    check_halves("x", x, halves)
-    check_affine(x, weight, bias, [halves, x.shape[-1]])
-    check_epsilon(epsilon)
-    check_no_grad("paired_layer_norm", x=x, weight=weight, bias=bias)
-    y: Tensor = _OP(x, weight, bias, halves, epsilon, relu, backend)
-    return y
-
-
-__all__ = ["paired_layer_norm"]
+__all__ = ["is_long", "paired_layer_norm", "tile_for"]

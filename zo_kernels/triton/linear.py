@@ -1,4 +1,4 @@
-"""Device side of `zo_kernels.paired_linear`: its kernel, the tiles it works in, the launch."""
+"""`zo_kernels.paired_linear` in Triton: its kernel, the tiles it works in, the launch."""
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,operator,index"
 
 from __future__ import annotations
@@ -8,8 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from zo_kernels.geometry import empty_product
+from zo_kernels.registry import interpreted
 from zo_kernels.triton.philox import KIND
-from zo_kernels.triton.shim import interpreted, jit, tl, triton
+from zo_kernels.triton.shim import jit, tl, triton
 from zo_kernels.triton.tile import shift_tile, shift_vector
 from zo_kernels.triton.weights import INT32_MAX
 
@@ -229,7 +231,7 @@ def _ragged(x: Tensor, w: Tensor, y: Tensor) -> bool:
     return any(n % 16 for n in (*extents, *(t.data_ptr() for t in (x, w, y))))
 
 
-def launch(
+def _launch(
     x: Tensor,
     w: Tensor,
     bias: Tensor | None,
@@ -279,4 +281,49 @@ def launch(
     )
 
 
-__all__ = ["TILES", "Tile", "launch", "tile_for", "tiles_of"]
+def parts_of(start: int, stop: int) -> list[tuple[int, int]]:
+    """Halves as (first, count): a single -, whole queries, a single +."""
+    whole, end = start + start % 2, stop - stop % 2
+    parts = [(start, whole - start), (whole, end - whole), (end, stop - end)]
+    return [part for part in parts if part[1] > 0]
+
+
+def paired_linear(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    key: Tensor,
+    eps: Tensor,
+    *,
+    tensor: int,
+    bias_tensor: int | None = None,
+    start: int = 0,
+    stop: int = 2,
+    shared: bool = False,
+    noise: str = "normal",
+    scale: float = 1.0,
+    bias_scale: float = 1.0,
+    precision: str = "ieee",
+    compute_dtype: torch.dtype | None = None,
+    relu: bool = False,
+) -> Tensor:
+    refuse_on_hip(precision)
+    y = empty_product(x, w, stop - start, shared, compute_dtype)
+    if y.numel() == 0:
+        return y
+    rows = y.shape[0] // (stop - start)
+    tensors, scales = (tensor, bias_tensor or 0), (scale, bias_scale)
+    for first, count in parts_of(start, stop):
+        here = slice((first - start) * rows, (first - start + count) * rows)
+        x_here = x if shared else x[here]
+        args = (x_here, w, bias, y[here], key, eps, tensors, first, count, shared, noise, scales)
+        _launch(*args, precision, relu)
+    return y
+
+
+def refuse_on_hip(precision: str) -> None:
+    if precision == "tf32x3" and torch.version.hip:
+        raise ValueError("precision 'tf32x3' needs an NVIDIA GPU; an AMD one has 'ieee' and 'tf32'")
+
+
+__all__ = ["TILES", "Tile", "paired_linear", "parts_of", "refuse_on_hip", "tile_for", "tiles_of"]

@@ -1,17 +1,11 @@
-"""What the ops on the stacked pair share: checks, alignment, moments of the lanes of a tile."""
+"""What the kernels of the stacked pair share: alignment, moments of the lanes of a tile."""
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,operator,index"
 
 from __future__ import annotations
 
-from math import gcd, inf
+from math import gcd
 
-import torch
-from torch import Tensor
-
-from zo_kernels.registry import check_tensor
 from zo_kernels.triton.shim import jit, tl
-
-DTYPES = (torch.float32, torch.bfloat16)
 
 
 def alignment(*extents: int) -> int:
@@ -26,35 +20,6 @@ def alignment(*extents: int) -> int:
 def power_of_two(n: int) -> int:
     """The smallest one that is at least `n`."""
     return 1 << max(n - 1, 0).bit_length()
-
-
-def check_halves(name: str, t: Tensor, halves: int) -> None:
-    """Dimension 0 of `t` is `halves` halves of equally many rows."""
-    if halves < 1:
-        raise ValueError(f"halves must be at least 1, got {halves}")
-    if t.shape[0] % halves:
-        raise ValueError(
-            f"{name} must have equally many rows for {halves} halves, got {t.shape[0]}"
-        )
-
-
-def check_affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: list[int]) -> None:
-    for name, t in (("weight", weight), ("bias", bias)):
-        if t is not None:
-            check_tensor(name, t, shape=shape, dtype=DTYPES, device=x.device)
-
-
-def check_epsilon(epsilon: float) -> None:
-    if not 0 <= epsilon < inf:
-        raise ValueError(f"epsilon must be finite and not negative, got {epsilon}")
-
-
-def check_no_grad(op: str, **tensors: Tensor | None) -> None:
-    for name, t in tensors.items():
-        if torch.is_grad_enabled() and t is not None and t.requires_grad:
-            raise RuntimeError(
-                f"{name} requires grad, and {op} has no backward: use torch.no_grad()"
-            )
 
 
 @jit
@@ -75,14 +40,4 @@ def merge_moments(b_n, b_mean, b_m2, n, AXIS: tl.constexpr):
     return mean + tl.sum(b_n * b_dev, AXIS) / n, tl.sum(b_m2 + b_n * b_dev * b_dev, AXIS)
 
 
-__all__ = [
-    "DTYPES",
-    "alignment",
-    "check_affine",
-    "check_epsilon",
-    "check_halves",
-    "check_no_grad",
-    "lane_moments",
-    "merge_moments",
-    "power_of_two",
-]
+__all__ = ["alignment", "lane_moments", "merge_moments", "power_of_two"]

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from zo_kernels.layout import channels_last
 from zo_kernels.triton.norms import alignment, power_of_two
 
 INT32_MAX = 2**31 - 1
@@ -70,10 +71,6 @@ class Plan(NamedTuple):
         return self.tile_channels * self.rows + self.tile_rows > INT32_MAX
 
 
-def channels_last(x: Tensor) -> bool:
-    return x.movedim(1, -1).is_contiguous()
-
-
 def plan_of(x: Tensor, halves: int) -> Plan:
     """`x` is not empty, and contiguous in one of both formats."""
     channels, batch = x.shape[1], x.shape[0] // halves
@@ -96,4 +93,4 @@ def plan_of(x: Tensor, halves: int) -> Plan:
     return Plan(outer, rows, channels, last, tile_rows, tile_channels, splits, per_split)
 
 
-__all__ = ["Plan", "channels_last", "plan_of"]
+__all__ = ["Plan", "plan_of"]

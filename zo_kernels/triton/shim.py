@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 try:
     import triton
     import triton.language as tl
     from triton import jit
-
-    HAS_TRITON = True
 except ImportError:  # macOS, Windows, CPU-only installs: the reference and the CPU twin remain
-    HAS_TRITON = False
 
     class _Absent:
         """Stands for `triton` and `tl` in annotations and decorators of kernels never launched."""
@@ -29,9 +25,4 @@ except ImportError:  # macOS, Windows, CPU-only installs: the reference and the 
         return args[0] if args else (lambda fn: fn)
 
 
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter (decided when they are imported)."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
-__all__ = ["HAS_TRITON", "interpreted", "jit", "tl", "triton"]
+__all__ = ["jit", "tl", "triton"]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from zo_kernels.layout import PER_CALL, check_groups, layout_of, rows_cols
 from zo_kernels.registry import (
+    OUT_DTYPES,
     WEIGHT_DTYPES,
     check_in_place,
     check_indices,
@@ -33,7 +34,6 @@ from zo_kernels.triton.philox import KIND, float_noise
 from zo_kernels.triton.shim import jit, tl
 from zo_kernels.triton.table import FIELDS, flat_walk, row_offset, source_row
 from zo_kernels.triton.update import TRITON_DTYPES, WARPS, updated
-from zo_kernels.triton.weights import OUT_DTYPES
 
 
 @jit

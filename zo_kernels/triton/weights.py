@@ -1,11 +1,4 @@
-"""`W+- = w +- eps * scale * z_q`: the staged halves of a weight, from one read of it.
-
-Halves are numbered `0 .. 2Q-1`: half `2q` is `+`, half `2q + 1` is `-`, of query `q`. A call writes
-the halves `start .. stop - 1`. Traffic: one read of `w`, one write a half; `z` is made once a
-query, in registers.
-
-ElasticZO (arXiv:2501.04287), abstract: two forward passes at `w +- eps z`.
-"""
+"""`zo_kernels.perturbed_weights` and `perturb_` in Triton."""
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,operator,index"
 
 from __future__ import annotations
@@ -13,24 +6,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zo_kernels.layout import PER_CALL, check_groups, groups_per_row, layout_of
-from zo_kernels.registry import (
-    WEIGHT_DTYPES,
-    check_indices,
-    check_key,
-    check_noise,
-    check_tensor,
-    register,
-    resolve_backend,
-    twin,
-)
+from zo_kernels.layout import PER_CALL, empty_halves, groups_per_row, layout_of
 from zo_kernels.triton.philox import KIND, float_noise
 from zo_kernels.triton.shim import jit, tl, triton
 
 BLOCK = 1024  # elements a program: 8 a thread at 4 warps, two Philox calls each (normal)
 WARPS = 4
 INT32_MAX = 2**31 - 1
-OUT_DTYPES = (*WEIGHT_DTYPES, torch.float16)
 
 
 @jit
@@ -154,88 +136,6 @@ def _launch(
     )
 
 
-def _empty_halves(w: Tensor, count: int, dtype: torch.dtype | None) -> Tensor:
-    """`[count, *w.shape]`, each half in the memory format of `w`."""
-    like = torch.empty_like(w, dtype=dtype or w.dtype)
-    return like.new_empty_strided((count, *w.shape), (w.numel(), *like.stride()))
-
-
-def _launch_perturbed_weights(
-    w: Tensor,
-    key: Tensor,
-    eps: Tensor,
-    tensor: int,
-    start: int,
-    stop: int,
-    noise: str,
-    scale: float,
-    dtype: torch.dtype | None,
-) -> Tensor:
-    out = _empty_halves(w, stop - start, dtype)
-    if w.numel() == 0:
-        return out
-    if layout_of(w) is not None and layout_of(out[0]) is not None:
-        _launch(w, out, key, eps, tensor, start, stop, noise, scale)
-        return out
-    # No kernel can walk these strides: work on contiguous copies.
-    halves = torch.empty(out.shape, dtype=out.dtype, device=out.device)
-    _launch(w.contiguous(), halves, key, eps, tensor, start, stop, noise, scale)
-    return out.copy_(halves)
-
-
-def _implementation(
-    w: Tensor,
-    key: Tensor,
-    eps: Tensor,
-    tensor: int,
-    start: int,
-    stop: int,
-    noise: str,
-    scale: float,
-    dtype: torch.dtype | None,
-    backend: str,
-) -> Tensor:
-    w = w.detach()
-    backend = resolve_backend(backend, w.device)
-    if backend == "triton":
-        return _launch_perturbed_weights(w, key, eps, tensor, start, stop, noise, scale, dtype)
-    halves: Tensor = twin("perturbed_weights", backend)(
-        w,
-        key,
-        eps,
-        tensor=tensor,
-        start=start,
-        stop=stop,
-        noise=noise,
-        scale=scale,
-        dtype=dtype,
-    )
-    return halves
-
-
-def _fake(
-    w: Tensor,
-    key: Tensor,
-    eps: Tensor,
-    tensor: int,
-    start: int,
-    stop: int,
-    noise: str,
-    scale: float,
-    dtype: torch.dtype | None,
-    backend: str,
-) -> Tensor:
-    return _empty_halves(w, stop - start, dtype)
-
-
-_OP = register(
-    "perturbed_weights(Tensor w, Tensor key, Tensor eps, int tensor, int start, int stop, "
-    "str noise, float scale, ScalarType? dtype, str backend) -> Tensor",
-    _implementation,
-    _fake,
-)
-
-
 def perturbed_weights(
     w: Tensor,
     key: Tensor,
@@ -247,38 +147,35 @@ def perturbed_weights(
     noise: str = "normal",
     scale: float = 1.0,
     dtype: torch.dtype | None = None,
-    backend: str = "auto",
 ) -> Tensor:
-    """Halves `start .. stop - 1` of `w +- eps * scale * z_q`; half `2q` is +, `2q + 1` is -.
-
-    The sum is made in fp32 (float64 for a float64 weight) and rounded to `dtype`.
-
-    Args:
-        w: `[...]` float32, float64 or bfloat16; any strides. Only read.
-        key: `[2]` int64, (seed, step), on the device of `w`.
-        eps: `[]` float64, the perturbation scale.
-        tensor: index of the tensor in the model, the noise's second counter word.
-        start, stop: halves wanted, `0 <= start < stop`.
-        noise: "normal" or "rademacher".
-        scale: relative scale of this tensor's perturbation.
-        dtype: of the result; None is that of `w`.
-        backend: "auto", "triton", "numba" or "reference".
-    Returns: `[stop - start, *w.shape]`, each half in the memory format of `w`.
-    Determinism: bit-equal for any launch on one backend; signs ("rademacher") on all of them.
-    Source: arXiv:2501.04287, abstract; Spall 1992 (SPSA).
-    """
-    check_tensor("w", w, dtype=WEIGHT_DTYPES)
-    check_key(key, w.device)
-    check_tensor("eps", eps, shape=[], dtype=[torch.float64], device=w.device)
-    check_noise(noise)
-    if not 0 <= start < stop:
-        raise ValueError(f"halves need 0 <= start < stop, got start={start}, stop={stop}")
-    check_indices(tensor, (stop - 1) // 2)
-    if dtype is not None and dtype not in OUT_DTYPES:
-        raise TypeError(f"dtype must be one of {OUT_DTYPES}, got {dtype}")
-    check_groups(w.shape, noise)
-    halves: Tensor = _OP(w, key, eps, tensor, start, stop, noise, scale, dtype, backend)
-    return halves
+    out = empty_halves(w, stop - start, dtype)
+    if w.numel() == 0:
+        return out
+    if layout_of(w) is not None and layout_of(out[0]) is not None:
+        _launch(w, out, key, eps, tensor, start, stop, noise, scale)
+        return out
+    # No kernel can walk these strides: work on contiguous copies.
+    halves = torch.empty(out.shape, dtype=out.dtype, device=out.device)
+    _launch(w.contiguous(), halves, key, eps, tensor, start, stop, noise, scale)
+    return out.copy_(halves)
 
 
-__all__ = ["element_offset", "perturbed_weights"]
+def perturb_(
+    w: Tensor,
+    key: Tensor,
+    alpha: Tensor,
+    *,
+    tensor: int,
+    query: int = 0,
+    noise: str = "normal",
+) -> None:
+    """The kernel of `perturbed_weights` with its + half written over `w`."""
+    target = w if layout_of(w) is not None else w.contiguous()
+    if w.numel():
+        half = (tensor, 2 * query, 2 * query + 1, noise, 1.0)
+        _launch(target, target.unsqueeze(0), key, alpha, *half)
+    if target is not w:
+        w.copy_(target)
+
+
+__all__ = ["INT32_MAX", "element_offset", "perturb_", "perturbed_weights"]
