@@ -26,13 +26,18 @@ from zo_kernels.ops.int8_weights import int8_perturbed_weights, int8_update_
 from zo_kernels.ops.layer_norm import paired_layer_norm
 from zo_kernels.ops.linear import paired_linear
 from zo_kernels.ops.noise import sample
+from zo_kernels.ops.stage import stage_
+from zo_kernels.ops.update import update_
 from zo_kernels.ops.weights import perturb_, perturbed_weights
+from zo_kernels.reference.rules import apply_rule_
 from zo_kernels.registry import BACKENDS, resolve_backend
-from zo_kernels.triton.stage import stage_
-from zo_kernels.triton.update import update_
+from zo_kernels.rules import RULES, Rule
 
 __all__ = [
     "BACKENDS",
+    "RULES",
+    "Rule",
+    "apply_rule_",
     "int8_conv2d_gradient",
     "int8_conv2d_max_pool",
     "int8_gradient_update_",

@@ -92,6 +92,7 @@ def op(
     like: str | None = None,
     mutates: Sequence[str] = (),
     fake: Callable[..., Any] = _nothing,
+    touched: Callable[..., Sequence[Tensor]] | None = None,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Declare an op by its signature, its words and its checks, which are the function's body.
 
@@ -104,6 +105,7 @@ def op(
     Args:
         like: the positional argument on whose device it runs; the first one by default.
         mutates: arguments that it changes in place.
+        touched: whose versions rise, from all arguments by name; those that it changes by default.
         fake: its results without values, from all arguments by name; None where it has none.
     """
 
@@ -118,7 +120,6 @@ def op(
         kinds = [p.annotation for p in parameters][:count]
         tensors = [i for i, kind in enumerate(kinds) if kind in ("Tensor", "Tensor | None")]
         lists = [i for i, kind in enumerate(kinds) if kind == "Sequence[Tensor]"]
-        changed = [places.index(k) for k in mutates]
 
         @cache
         def choose(backend: str, device: torch.device) -> Callable[..., Any]:
@@ -131,7 +132,8 @@ def op(
                 if t is not None and t.requires_grad:
                     args = (*args[:i], t.detach(), *args[i + 1 :])
             for i in lists:
-                args = (*args[:i], [w.detach() for w in args[i]], *args[i + 1 :])
+                if any(w.requires_grad for w in args[i]):
+                    args = (*args[:i], [w.detach() for w in args[i]], *args[i + 1 :])
             return function(*args, **kwargs)
 
         def registered(*args: Any) -> Any:
@@ -143,8 +145,11 @@ def op(
 
         handle = _define(schema(name, check, mutates), registered, meta)
 
+        def by_name(args: Any, kwargs: Any) -> dict[str, Any]:
+            return {**defaults, **dict(zip(places, args, strict=True)), **kwargs}
+
         def seen(args: Any, kwargs: Any) -> Any:
-            given = {**defaults, **dict(zip(places, args, strict=True)), **kwargs}
+            given = by_name(args, kwargs)
             for pair in pairs:
                 if isinstance(given[pair], int):
                     given[pair] = [given[pair]] * 2
@@ -160,28 +165,16 @@ def op(
                 result = seen(args, kwargs)
             else:
                 result = run(kwargs.pop("backend", "auto"), args, kwargs)
-            if changed and not torch.compiler.is_compiling():
-                for i in changed:
-                    torch.autograd.graph.increment_version(args[i])
+            if mutates and not torch.compiler.is_compiling():
+                given = by_name(args, kwargs)
+                changed = touched(**given) if touched else [given[k] for k in mutates]
+                for t in changed:
+                    torch.autograd.graph.increment_version(t)
             return result
 
         return call
 
     return declare
-
-
-def register(
-    schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]
-) -> Callable[..., Any]:
-    """An op that hands its arguments on by itself."""
-    handle = _define(schema, implementation, fake)
-
-    def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-            return handle(*args)
-        return implementation(*args)
-
-    return call
 
 
 def interpreted() -> bool:
@@ -231,10 +224,6 @@ def resolve_backend(backend: str, device: torch.device | str) -> str:
         ValueError: an unknown backend, or one that cannot run there.
     """
     return _resolve(backend, torch.device(device).type)
-
-
-def twin(op: str, backend: str) -> Callable[..., Any]:
-    return implementation(op.rstrip("_"), op, backend)
 
 
 def check_tensor(

@@ -13,6 +13,7 @@ from typing import Any
 from experiments.static.config import TYPES, Config
 from zo_kernels.layout import PER_CALL
 from zo_kernels.registry import NOISES
+from zo_kernels.rules import RULES
 from zo_kernels.triton.philox import KIND
 from zo_kernels.triton.table import BLOCK
 
@@ -74,7 +75,16 @@ def perturbed_weights(
     )
 
 
-def update(noise: str, dtype: str, int64: bool = False) -> Config:
+def _rule(rule: str) -> tuple[dict[str, str], dict[str, Any]]:
+    """What a kernel takes along for a rule: pointers, constants."""
+    kept = len(RULES[rule].state)
+    pointers = {"kept_ptr": "*i64", "settings_ptr": "*fp64"}
+    if kept:
+        return pointers, {"RULE": rule, "KEPT": 1 + kept}
+    return {}, {"RULE": rule, "KEPT": 0, **dict.fromkeys(pointers)}
+
+
+def update(noise: str, dtype: str, int64: bool = False, rule: str = "sgd") -> Config:
     """Time is predicted for one query, along the path of flat weights."""
     module = _module("triton.update")
     pointers = {
@@ -86,10 +96,12 @@ def update(noise: str, dtype: str, int64: bool = False) -> Config:
         "lr_ptr": "*fp64",
         "decay_ptr": "*fp64",
         "skip_ptr": "*fp32",
+        **_rule(rule)[0],
     }
     elements = SIDE * SIDE
+    parts = [noise, dtype, *["int64"] * int64, *([rule] if rule != "sgd" else [])]
     return Config(
-        f"update-{noise}-{dtype}{'-int64' if int64 else ''}",
+        "-".join(["update", *parts]),
         module._update_kernel,
         pointers | {"queries": "i32"},
         {
@@ -99,12 +111,13 @@ def update(noise: str, dtype: str, int64: bool = False) -> Config:
             "PER": PER_CALL[noise],
             "INT64": int64,
             "BLOCK": BLOCK,
+            **_rule(rule)[1],
         },
         tuple(pointers),
         module.WARPS,
         problem={
             "elements": elements,
-            "bytes": 2 * elements * BYTES[dtype],
+            "bytes": 2 * (1 + len(RULES[rule].state)) * elements * BYTES[dtype],
             "programs": elements // BLOCK,
             "turns": 1,
             "noise": BLOCK,
@@ -120,6 +133,7 @@ def stage(
     out: str | None = None,
     one: bool | None = None,
     int64: bool = False,
+    rule: str = "sgd",
 ) -> Config:
     """Flat weights alone and general ones among many, or as `one` says; one query, one update."""
     module = _module("triton.stage")
@@ -134,13 +148,15 @@ def stage(
         "before_ptr": "*i64",
         **dict.fromkeys(("coeff_ptr", "lr_ptr", "decay_ptr"), "*fp64"),
         "skip_ptr": "*fp32" if pending else "*fp64",  # eps stands for what is not read
+        **_rule(rule)[0],
     }
     integers = ("queries", "first_query", "start", "stop")
     form = ("flat" if flat else "general") + ("" if one == flat else "-one" if one else "-many")
     parts = [noise, dtype, *([out] if out != dtype else []), form, *["pending"] * pending]
+    moved = 1 + pending + 2 * len(RULES[rule].state)
     elements = SIDE * SIDE
     return Config(
-        "-".join(["stage", *parts, *["int64"] * int64]),
+        "-".join(["stage", *parts, *["int64"] * int64, *([rule] if rule != "sgd" else [])]),
         module._stage_kernel,
         pointers | dict.fromkeys(integers, "i32"),
         {
@@ -154,12 +170,13 @@ def stage(
             "PER": PER_CALL[noise],
             "INT64": int64,
             "BLOCK": BLOCK,
+            **_rule(rule)[1],
         },
         tuple(pointers),
         module.WARPS,
         problem={
             "elements": elements,
-            "bytes": elements * ((1 + pending) * BYTES[dtype] + 2 * BYTES[out]),
+            "bytes": elements * (moved * BYTES[dtype] + 2 * BYTES[out]),
             "programs": elements // BLOCK,
             "turns": 1,
             "noise": BLOCK,
@@ -318,6 +335,18 @@ def _products(target: str) -> Iterator[Config]:
         yield paired_linear("normal", "mixed", 16, ragged=True, hip=True)
 
 
+def _rules(target: str) -> Iterator[Config]:
+    """Updates that keep state, or take a sign."""
+    for rule in RULES:
+        if rule != "sgd":
+            yield update("normal", "fp32", rule=rule)
+    yield update("normal", "bf16", rule="adam")
+    yield stage("normal", "fp32", flat=True, pending=True, rule="adam")
+    if target == "cuda-90":
+        yield update("normal", "fp64", rule="adam")
+        yield stage("normal", "fp32", flat=False, pending=True, out="bf16", rule="momentum")
+
+
 def configs(target: str) -> Iterator[Config]:
     """Everything that ships on sm_90, the heaviest ones elsewhere."""
     yield from _perturbation(target)
@@ -329,6 +358,7 @@ def configs(target: str) -> Iterator[Config]:
         yield update("normal", "fp32", int64=True)
         yield update("normal", "fp64", int64=True)
         yield sample("normal", int64=True)
+    yield from _rules(target)
     yield from map(sample, PER_CALL if target == "cuda-90" else ("normal", "sparse_int8"))
     yield from _products(target)
 

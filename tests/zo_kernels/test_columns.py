@@ -13,16 +13,18 @@ import zo_kernels
 
 pytest.importorskip("numba")
 PACKAGE = Path(zo_kernels.__file__).parent
-OPS = sorted({*zo_kernels.__all__} - {"BACKENDS", "resolve_backend"})
+OPS = sorted(
+    {*zo_kernels.__all__} - {"BACKENDS", "RULES", "Rule", "apply_rule_", "resolve_backend"}
+)
 # One dimension is the convolution of images of height 1, on every backend.
 COMPOSED = {"paired_conv1d", "int8_paired_conv1d"}
 # What the files of a column share, besides one another.
 SHARED = {
     "ops": {"checks"},
-    "triton": {"integer", "norms", "philox", "plan", "shim", "table", "tile"},
-    "reference": {"integer"},
+    "triton": {"integer", "norms", "philox", "plan", "rules", "shim", "table", "tile"},
+    "reference": {"integer", "rules"},
     "cpu": {
-        *("kernels", "memory", "sweeps"),
+        *("kernels", "memory", "rules", "sweeps"),
         *("int8_correlate", "int8_dot", "int8_kernels", "int8_pack", "int8_products"),
         "int8_unpool",
     },
@@ -51,8 +53,7 @@ def test_columns_have_the_arguments_of_the_op(name: str) -> None:
     arguments = [(p.name, p.kind, p.default) for p in public.parameters.values()]
     for column in ("triton", "cpu", "reference"):
         twin = getattr(import_module(f"zo_kernels.{column}.{file_of(name)}"), name)
-        own = inspect.signature(twin).parameters.values()
-        found = [(p.name, p.kind, p.default) for p in own if p.name != "backend"]
+        found = [(p.name, p.kind, p.default) for p in inspect.signature(twin).parameters.values()]
         assert found == [a for a in arguments if a[0] != "backend"], column
     assert getattr(import_module("zo_kernels.reference"), name) is twin
     schema = getattr(torch.ops.zo_kernels, name).default._schema

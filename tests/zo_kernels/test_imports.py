@@ -106,8 +106,8 @@ def imported(path: Path) -> set[str]:
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Arrows run down this list only; a column knows no other one, but the twins on the CPU the
 # reference. The registry finds a function in a column by its name, when an op is called.
-ORDER = ("__init__", "ops", "paths", "triton", "cpu", "reference", "int8", "geometry", "registry")
-ORDER += ("layout",)
+ORDER = ("__init__", "ops", "paths", "triton", "cpu", "reference", "int8", "rules", "geometry")
+ORDER += ("registry", "layout")
 APART = {("triton", "cpu"), ("triton", "reference"), ("ops", "cpu"), ("ops", "reference")}
 
 

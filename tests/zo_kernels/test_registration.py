@@ -56,7 +56,7 @@ def test_opcheck_update_(backend: str, device: Any) -> None:
     params = [make(d, device) for make, d in zip(FEW.values(), dtypes, strict=True)]
     vector = one.expand(2).contiguous()
     skip = torch.zeros((), device=device)
-    rest = ([*range(6)], [0, 1] * 3, [1.0] * 6, "normal", backend)
+    rest = ([*range(6)], [0, 1] * 3, [1.0] * 6, "normal", "sgd", [], None, backend)
     torch.library.opcheck(op("update_"), (params, key, vector, vector, vector, skip, *rest))
 
 

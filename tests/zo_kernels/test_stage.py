@@ -266,6 +266,6 @@ def test_opcheck(backend: str, device: Any) -> None:
     key, eps = key_of(STEP, device), f64(EPS, device)
     given = update_of(params)
     rest = [given[k] for k in ("before", "coeff", "lr", "weight_decay", "skip", "groups")]
-    args = (named["tensors"], named["scales"], 0, 2, 0, "normal", *rest, backend)
+    args = (named["tensors"], named["scales"], 0, 2, 0, "normal", *rest, "sgd", [], None, backend)
     op = torch.ops.zo_kernels.stage_.default
     torch.library.opcheck(op, (outs, params, key, eps, *args))

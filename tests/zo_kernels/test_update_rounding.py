@@ -19,7 +19,7 @@ from torch import Tensor
 from tests.zo_kernels._noise_model import model
 from tests.zo_kernels._weights import IN_PLACE, bits, f64, same_bits
 from zo_kernels import update_
-from zo_kernels.reference.update import round_stochastically
+from zo_kernels.reference.rules import round_stochastically
 from zo_kernels.registry import has_triton, interpreted
 from zo_kernels.triton.shim import jit, tl
 from zo_kernels.triton.update import round_to_bf16

@@ -36,12 +36,15 @@ def stage_(
     weight_decay: Tensor | None = None,
     skip: Tensor | None = None,
     groups: Sequence[int] = (),
+    rule: str = "sgd",
+    state: Sequence[Tensor] = (),
+    settings: Tensor | None = None,
 ) -> None:
     if before is not None:
         assert coeff is not None and lr is not None
         assert weight_decay is not None and skip is not None
         update = (before, coeff, lr, weight_decay, skip, tensors, groups, scales, noise, first_row)
-        update_rows_(params, *update)
+        update_rows_(params, *update, rule, state, settings)
     draw = partial(sample_rows, first_row=first_row)
     small: dict[int, list[int]] = {}  # by the memory of their halves
     for i, (out, w) in enumerate(zip(outs, params, strict=True)):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zo_kernels.reference.noise import sample_rows
-from zo_kernels.reference.update import Sample, updated
+from zo_kernels.reference.update import Sample, update_one_
 from zo_kernels.reference.weights import compute_dtype, write_halves
 
 
@@ -52,6 +52,9 @@ def stage_(
     weight_decay: Tensor | None = None,
     skip: Tensor | None = None,
     groups: Sequence[int] = (),
+    rule: str = "sgd",
+    state: Sequence[Tensor] = (),
+    settings: Tensor | None = None,
 ) -> None:
     draw = partial(sample_rows, first_row=first_row)
     for i, (out, w) in enumerate(zip(outs, params, strict=True)):
@@ -60,8 +63,9 @@ def stage_(
             assert coeff is not None and lr is not None
             assert weight_decay is not None and skip is not None
             g = groups[i]
-            to = (before, coeff, lr[g], weight_decay[g], tensors[i], scales[i], noise, draw)
-            w.copy_(torch.where(skip != 0, w, updated(w, *to)))
+            own = (rule, state[i :: len(params)], None if settings is None else settings[i])
+            named = (tensors[i], scales[i], noise)
+            update_one_(w, before, coeff, lr[g], weight_decay[g], skip, *named, *own, draw)
         stage_one(out, w, key, eps, tensors[i], scales[i], start, noise, draw)
 
 

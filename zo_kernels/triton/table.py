@@ -84,6 +84,8 @@ class Table:
         scales: `[T]` float64.
         blocks: `[programs]` int32, the tensor of each program.
         flat: whether every tensor can be walked in memory order, 16 bytes at a time.
+        kept: `[T, 1 + tensors]` int64 where an update keeps state: where the weight's settings
+            begin, and the addresses of its state.
     """
 
     fields: Tensor
@@ -91,6 +93,7 @@ class Table:
     blocks: Tensor
     int64: bool
     flat: bool
+    kept: Tensor | None = None
 
 
 def build_table(
@@ -101,8 +104,10 @@ def build_table(
     noise: str,
     outs: Sequence[Tensor] | None = None,
     first_row: int = 0,
+    kept: Sequence[tuple[int, ...]] = (),
 ) -> Table:
-    """The table of weights that a kernel can walk; `outs` [halves, ...] lie in one memory."""
+    """The table of weights that a kernel can walk; `outs` [halves, ...] lie in one memory, and
+    state (`kept_of`) as its weight does."""
     per = PER_CALL[noise]
     rows, owners, first, largest, all_flat = [], [], 0, 0, True
     for t, (w, tensor, group) in enumerate(zip(params, tensors, groups, strict=True)):
@@ -112,6 +117,7 @@ def build_table(
         padded = layout.rows * padded_cols
         aligned = w.data_ptr() % 16 == 0 and w.numel() % 16 == 0
         flat = aligned and layout.flat and (layout.cols % per == 0 or layout.rows == 1)
+        flat = flat and not any(address % 16 for own in kept[t : t + 1] for address in own[1:])
         target = [0] * 5
         if outs is not None:
             to, out = layout_of(outs[t][0]), outs[t]
@@ -136,6 +142,7 @@ def build_table(
         torch.tensor(owners, dtype=torch.int32, device=device),
         largest + BLOCK > INT32_MAX,
         all_flat,
+        torch.tensor(kept, dtype=torch.int64, device=device) if kept else None,
     )
 
 
@@ -151,6 +158,7 @@ def table_of(
     noise: str,
     outs: Sequence[Tensor] | None = None,
     first_row: int = 0,
+    kept: Sequence[tuple[int, ...]] = (),
 ) -> Table:
     """The table of these very tensors, made again when one of them moved."""
     where = tuple((w.data_ptr(), w.shape, w.stride(), w.dtype) for w in params)
@@ -159,10 +167,11 @@ def table_of(
         base = outs[0].data_ptr()
         aligned = base % 16 == 0
         to = (aligned, *((out.data_ptr() - base, out.stride(), out.dtype) for out in outs))
-    names = (tuple(tensors), tuple(groups), tuple(scales), noise, first_row)
+    names = (tuple(tensors), tuple(groups), tuple(scales), noise, first_row, tuple(kept))
     signature = (where, to, names, params[0].device)
     if signature not in _TABLES:
-        _TABLES[signature] = build_table(params, tensors, groups, scales, noise, outs, first_row)
+        named = (tensors, groups, scales, noise, outs, first_row, kept)
+        _TABLES[signature] = build_table(params, *named)
         if len(_TABLES) > MAX_TABLES:
             _TABLES.popitem(last=False)
     _TABLES.move_to_end(signature)
