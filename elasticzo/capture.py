@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from elasticzo.losses import pair_losses
 from elasticzo.optimizer import ZOSGD
 from elasticzo.state import all_buffers, generator_state
-from zo_kernels._table import Table, hold_tables
+from zo_kernels.triton.table import Table, hold_tables
 
 # Entries of a parameter group that no step reads: what schedulers note there.
 NOTES = ("params", "initial_lr", "max_lr", "min_lr", "name")

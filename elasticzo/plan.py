@@ -17,8 +17,8 @@ from elasticzo.dropout import DROPOUTS
 from elasticzo.layers import PAIRED
 from elasticzo.norms import BATCH_NORMS, NORMS
 from elasticzo.passes import HeadParameter
-from zo_kernels._lib import WEIGHT_DTYPES
 from zo_kernels.paths import PATHS
+from zo_kernels.registry import WEIGHT_DTYPES
 
 Kind = Literal["paired", "fallback", "dropout", "sequence"]
 FUSED = (nn.Linear, nn.Conv1d, nn.Conv2d)  # what has a fused kernel

@@ -10,7 +10,7 @@ from torch import nn
 
 from elasticzo.distributed import refuse_wrapped
 from zo_kernels import BACKENDS
-from zo_kernels._lib import MAX_QUERIES, NOISES
+from zo_kernels.registry import MAX_QUERIES, NOISES
 
 
 def check_integer(name: str, value: Any, low: int, high: int, span: str | None = None) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zo_kernels._table import hold_tables
+from zo_kernels.triton.table import hold_tables
 
 Contestant = Callable[[int], object]  # gets the number of the call: inputs rotate with it
 REGION = 4e-3  # seconds that a timed region lasts at the least, if MAX_CALLS allow

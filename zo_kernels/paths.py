@@ -18,7 +18,7 @@ from functools import cache
 
 import torch
 
-from zo_kernels._paired_linear import tile_for
+from zo_kernels.triton.linear import tile_for
 
 PATHS = ("auto", "fused", "staged")
 

@@ -19,8 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from zo_kernels._layout import layout_of
-from zo_kernels._lib import check_in_place, check_tensor
+from zo_kernels.layout import layout_of
+from zo_kernels.registry import check_in_place, check_tensor
 
 
 class Rule(NamedTuple):

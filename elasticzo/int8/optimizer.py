@@ -11,7 +11,7 @@ from elasticzo.int8.settings import check_perturbation, check_signs
 from elasticzo.int8.wrapper import ElasticZOInt8
 from elasticzo.settings import check_draws, check_integer, check_long, check_saved
 from zo_kernels import int8_update_, integer_projected_sign
-from zo_kernels._int8 import ROUNDINGS
+from zo_kernels.int8 import ROUNDINGS
 
 if TYPE_CHECKING:
     from elasticzo.int8.trajectory import Int8TrajectoryLog

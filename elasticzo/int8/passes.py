@@ -19,7 +19,7 @@ from zo_kernels import (
     int8_range,
     int8_requantize,
 )
-from zo_kernels._conv import Geometry, conv_size
+from zo_kernels.geometry import Geometry, conv_size
 
 
 @dataclass(frozen=True)

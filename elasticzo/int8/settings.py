@@ -13,7 +13,7 @@ from elasticzo.cut import Cut
 from elasticzo.int8.tensor import LIMIT, MAX_EXPONENT, MIN_EXPONENT
 from elasticzo.settings import check_draws, check_integer, check_number
 from zo_kernels import BACKENDS
-from zo_kernels._int8 import MAX_FRACTION_BITS
+from zo_kernels.int8 import MAX_FRACTION_BITS
 
 LOSSES = ("integer", "float")
 PAIRINGS = ("stacked", "sequential")

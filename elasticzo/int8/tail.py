@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from elasticzo.settings import check_integer, check_saved
 from zo_kernels import int8_gradient_update_
-from zo_kernels._int8 import ROUNDINGS
+from zo_kernels.int8 import ROUNDINGS
 
 if TYPE_CHECKING:
     from elasticzo.int8.wrapper import ElasticZOInt8

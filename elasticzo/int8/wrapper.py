@@ -23,7 +23,7 @@ from elasticzo.int8.settings import (
 from elasticzo.int8.tail import Int8Tail
 from elasticzo.int8.tensor import Int8Tensor, check_input
 from zo_kernels import integer_cross_entropy, integer_softmax_error, resolve_backend
-from zo_kernels._int8 import check_logits, check_target
+from zo_kernels.int8 import check_logits, check_target
 
 SOURCES = ("plus", "minus", "mean")
 

@@ -13,9 +13,9 @@ import zo_kernels as zk
 from experiments.benchmarks.cases import NOISES, WEIGHT, Case, Shared
 from experiments.benchmarks.section import BOUNDS, Refused, require
 from zo_kernels import reference
-from zo_kernels._paired_conv2d import TILES as CONV_TILES
-from zo_kernels._paired_linear import TILES
 from zo_kernels.paths import FUSED_NOISE
+from zo_kernels.triton.conv import TILES as CONV_TILES
+from zo_kernels.triton.linear import TILES
 
 Product = tuple[Tensor, Tensor, Tensor]  # x, w, bias
 Layer = Callable[[Tensor, Tensor, Tensor], Tensor]

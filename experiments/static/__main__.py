@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from experiments.static.table import COMMAND, RESULTS, as_lines, table, write
-from zo_kernels._triton import HAS_TRITON, interpreted
+from zo_kernels.registry import has_triton, interpreted
 
 USAGE_ERROR = 2
 Target = Literal["cuda-80", "cuda-90", "cuda-100", "hip-gfx942"]
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and run; 2 for wrong use, 130 when interrupted."""
     config = tyro.cli(StaticConfig, args=arguments, prog=COMMAND, description=__doc__)
     try:
-        if not HAS_TRITON:
+        if not has_triton():
             raise ValueError("compiling needs the triton package (Linux); it is not installed")
         if interpreted():
             raise ValueError("TRITON_INTERPRET=1 replaces the compiler; run without it")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import zo_kernels._paired_conv2d as module
+import zo_kernels.triton.conv as module
 from experiments.static.config import TYPES, Config
-from zo_kernels.noise import KIND
+from zo_kernels.triton.philox import KIND
 
 # A layer of ResNet in channels_last: x runs in lines of channels. LeNet's second layer (with
 # padding) in NCHW: x is gathered element by element.

@@ -7,8 +7,8 @@ from importlib import import_module
 from typing import Any
 
 from experiments.static.config import Config
-from zo_kernels._int8 import ROUNDINGS
-from zo_kernels._layout import PER_CALL
+from zo_kernels.int8 import ROUNDINGS
+from zo_kernels.layout import PER_CALL
 
 PER = PER_CALL["sparse_int8"]
 WALK = "inner s_row s_outer s_inner"
@@ -16,7 +16,7 @@ HALVES, ELEMENTS, BATCH = 2, 1 << 24, 256  # for which time is predicted; elemen
 
 
 def _module(name: str) -> Any:
-    return import_module(f"zo_kernels.{name}")
+    return import_module(f"zo_kernels.triton.{name}")
 
 
 def _integers(names: str) -> dict[str, str]:
@@ -27,13 +27,13 @@ def _suffix(flat: bool, int64: bool) -> str:
     return f"{'flat' if flat else 'general'}{'-int64' if int64 else ''}"
 
 
-def _elements(module: Any, halves: int, bytes_each: int) -> dict[str, int]:
+def _elements(block: int, halves: int, bytes_each: int) -> dict[str, int]:
     """The problem of a kernel whose programs walk a block of a half each."""
     return {
         "halves": halves,
         "elements": ELEMENTS,
         "bytes": halves * ELEMENTS * bytes_each,
-        "programs": halves * ELEMENTS // module.BLOCK,
+        "programs": halves * ELEMENTS // block,
     }
 
 
@@ -44,15 +44,15 @@ def int8_range(int64: bool = False) -> Config:
         f"int8_range{'-int64' if int64 else ''}",
         module._range_kernel,
         pointers | _integers("blocks elements"),
-        {"INT64": int64, "BLOCK": module.BLOCK},
+        {"INT64": int64, "BLOCK": module.RANGE_BLOCK},
         (*pointers, "elements"),
-        module.WARPS,
-        problem=_elements(module, HALVES, 4),
+        module.RANGE_WARPS,
+        problem=_elements(module.RANGE_BLOCK, HALVES, 4),
     )
 
 
 def int8_requantize(rounding: str, flat: bool, int64: bool = False) -> Config:
-    module = _module("int8_requantize")
+    module = _module("int8_range")
     reads = dict.fromkeys(("acc_ptr", "bits_ptr", "exponent_ptr", "weight_ptr"), "*i32")
     pointers = reads | {"out_ptr": "*i8", "total_ptr": "*i32", "key_ptr": "*i64"}
     integers = "blocks tensor query s_bits s_exponent s_weight elements cols padded_cols "
@@ -71,13 +71,13 @@ def int8_requantize(rounding: str, flat: bool, int64: bool = False) -> Config:
         },
         (*pointers, "elements", "s_half", "t_half") if flat else tuple(pointers),
         module.WARPS,
-        problem=_elements(module, HALVES, 4 + 1),
+        problem=_elements(module.BLOCK, HALVES, 4 + 1),
     )
 
 
 def int8_perturbed_weights(flat: bool, int64: bool = False) -> Config:
     """Both halves of one query."""
-    module = _module("int8_perturbed_weights")
+    module = _module("int8_weights")
     pointers = {"w_ptr": "*i8", "out_ptr": "*i8", "key_ptr": "*i64"}
     integers = "tensor first_query start stop p0 magic shift r_max elements cols padded_cols "
     integers += f"{WALK} t_row t_outer t_inner half_stride"
@@ -88,13 +88,13 @@ def int8_perturbed_weights(flat: bool, int64: bool = False) -> Config:
         {"QUERIES": 1, "PER": PER, "FLAT": flat, "INT64": int64, "BLOCK": module.BLOCK},
         (*pointers, "elements", "half_stride") if flat else tuple(pointers),
         module.WARPS,
-        problem=_elements(module, 1, 1 + HALVES) | {"noise": module.BLOCK},
+        problem=_elements(module.BLOCK, 1, 1 + HALVES) | {"noise": module.BLOCK},
     )
 
 
 def int8_update(rounding: str, int64: bool = False) -> Config:
     """Time is predicted for one query, along the path of flat weights."""
-    module, table = _module("int8_update"), _module("_table")
+    module, table = _module("int8_weights"), _module("table")
     pointers = {"table_ptr": "*i64", "block_ptr": "*i32", "key_ptr": "*i64", "g_ptr": "*i32"}
     return Config(
         f"int8_update-{rounding}{'-int64' if int64 else ''}",
@@ -102,8 +102,8 @@ def int8_update(rounding: str, int64: bool = False) -> Config:
         pointers | _integers("queries p0 magic shift r_max s"),
         {"ROUNDING": ROUNDINGS[rounding], "PER": PER, "INT64": int64, "BLOCK": table.BLOCK},
         tuple(pointers),
-        2 * module.WARPS if int64 else module.WARPS,
-        problem=_elements(table, 1, 2) | {"turns": 1, "noise": table.BLOCK},
+        2 * module.UPDATE_WARPS if int64 else module.UPDATE_WARPS,
+        problem=_elements(table.BLOCK, 1, 2) | {"turns": 1, "noise": table.BLOCK},
     )
 
 
@@ -120,7 +120,7 @@ def _logits(classes: int, tile: tuple[int, int], read: int, written: int) -> dic
 
 
 def integer_cross_entropy(classes: int, fraction_bits: int = 12, int64: bool = False) -> Config:
-    module = _module("integer_cross_entropy")
+    module = _module("int8_loss")
     tile = module.tile(classes, BATCH)
     pointers = {"logits_ptr": "*i8", "exponent_ptr": "*i32"}
     pointers |= {"target_ptr": "*i64", "losses_ptr": "*i64"}
@@ -136,7 +136,7 @@ def integer_cross_entropy(classes: int, fraction_bits: int = 12, int64: bool = F
 
 
 def integer_softmax_error(classes: int, rounding: str, fraction_bits: int = 12) -> Config:
-    module = _module("integer_softmax_error")
+    module = _module("int8_loss")
     tile = module.tile(classes, BATCH)
     pointers = {"logits_ptr": "*i8", "exponent_ptr": "*i32", "target_ptr": "*i64"}
     pointers |= {"key_ptr": "*i64", "out_ptr": "*i8", "total_ptr": "*i32"}
@@ -153,13 +153,13 @@ def integer_softmax_error(classes: int, rounding: str, fraction_bits: int = 12) 
 
 
 def integer_projected_sign() -> Config:
-    module = _module("integer_projected_sign")
+    module = _module("int8_loss")
     pointers = {"losses_ptr": "*i64", "out_ptr": "*i32"}
     return Config(
         "integer_projected_sign",
         module._sign_kernel,
         pointers | _integers("queries"),
-        {"BLOCK": module.BLOCK},
+        {"BLOCK": module.SIGN_BLOCK},
         tuple(pointers),
         1,
         problem={"queries": 1, "bytes": 2 * 8 + 4, "programs": 1},

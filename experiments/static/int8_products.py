@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import zo_kernels._int8_paired_conv2d as conv2d
-import zo_kernels._int8_paired_linear as linear
+import zo_kernels.triton.int8_conv as conv2d
+import zo_kernels.triton.int8_linear as linear
 from experiments.static.config import Config
-from zo_kernels._paired_linear import Tile
+from zo_kernels.triton.linear import Tile
 
 SIDE = 4096  # of the square weight for which time is predicted
 # A layer of a residual network in channels_last: x runs in lines of channels. LeNet's second layer

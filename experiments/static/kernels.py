@@ -5,29 +5,24 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
+from importlib import import_module
 from itertools import product
 from typing import Any
 
-import zo_kernels._paired_linear
-import zo_kernels.perturbed_weights
-import zo_kernels.sample
-import zo_kernels.stage
-import zo_kernels.update  # noqa: F401
 from experiments.static.config import TYPES, Config
-from zo_kernels._layout import PER_CALL
-from zo_kernels._lib import NOISES
-from zo_kernels._table import BLOCK
-from zo_kernels.noise import KIND
+from zo_kernels.layout import PER_CALL
+from zo_kernels.registry import NOISES
 from zo_kernels.rules import RULES
+from zo_kernels.triton.philox import KIND
+from zo_kernels.triton.table import BLOCK
 
 SIDE = 4096  # of the square weight for which time is predicted
 BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "i8": 1, "i64": 8}
 
 
 def _module(name: str) -> Any:
-    return sys.modules[f"zo_kernels.{name}"]  # the package exports functions of these names
+    return import_module(f"zo_kernels.{name}")
 
 
 def _wide(dtype: str) -> Any:
@@ -42,7 +37,7 @@ def perturbed_weights(
     int64: bool = False,
     queries: int = 1,
 ) -> Config:
-    module = _module("perturbed_weights")
+    module = _module("triton.weights")
     out = out or dtype
     pointers = {
         "w_ptr": f"*{dtype}",
@@ -91,7 +86,7 @@ def _rule(rule: str) -> tuple[dict[str, str], dict[str, Any]]:
 
 def update(noise: str, dtype: str, int64: bool = False, rule: str = "sgd") -> Config:
     """Time is predicted for one query, along the path of flat weights."""
-    module = _module("update")
+    module = _module("triton.update")
     pointers = {
         "table_ptr": "*i64",
         "scale_ptr": "*fp64",
@@ -141,7 +136,7 @@ def stage(
     rule: str = "sgd",
 ) -> Config:
     """Flat weights alone and general ones among many, or as `one` says; one query, one update."""
-    module = _module("stage")
+    module = _module("triton.stage")
     out, one = out or dtype, flat if one is None else one
     pointers = {
         "table_ptr": "*i64",
@@ -190,7 +185,7 @@ def stage(
 
 
 def sample(noise: str, int64: bool = False) -> Config:
-    module = _module("sample")
+    module = _module("triton.noise")
     out = {"sparse_int8": "i8", "bits": "i64"}.get(noise, "fp32")
     integers = ["tensor", "third", "p0", "r_max", "elements"]
     elements = SIDE * SIDE
@@ -242,7 +237,7 @@ def paired_linear(
     `pair`: both halves, or one. `bare`: without bias and ReLU. `ragged`: sizes of no alignment.
     Time is predicted for as many rows as the tile has, for the largest one for 4,096.
     """
-    module = _module("_paired_linear")
+    module = _module("triton.linear")
     tiles = module.tiles_of(kind, ragged, hip)
     (tile,) = [tile for tile in tiles if tile.rows == rows]
     dtype = "bf16" if kind == "bf16" else "fp32"
@@ -317,7 +312,7 @@ def _staging(target: str) -> Iterator[Config]:
 def _products(target: str) -> Iterator[Config]:
     """Every tile; on sm_90 with either noise, and the other forms of a launch, too."""
     hip = target.startswith("hip")
-    for kind, tiles in _module("_paired_linear").TILES.items():
+    for kind, tiles in _module("triton.linear").TILES.items():
         if kind == "tf32x3" and hip:
             continue  # refused there
         whole = target == "cuda-90" or kind in ("bf16", "mixed", "tf32")

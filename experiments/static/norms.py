@@ -12,16 +12,16 @@ from typing import Any
 import torch
 
 from experiments.static.config import Config
-from zo_kernels._norms import alignment, power_of_two
-from zo_kernels._paired_batch_norm_plan import plan_of
+from zo_kernels.triton.norms import alignment, power_of_two
+from zo_kernels.triton.plan import plan_of
 
 HALVES = 2
 BYTES = {"fp32": 4, "bf16": 2}
 PARTS, TARGETS = 1024, 4096  # of the two small kernels of cross-entropy
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 BATCH_NORM, CROSS_ENTROPY, LAYER_NORM = (
-    import_module(f"zo_kernels.{name}")
-    for name in ("_paired_batch_norm", "_paired_cross_entropy", "paired_layer_norm")
+    import_module(f"zo_kernels.triton.{name}")
+    for name in ("batch_norm", "cross_entropy", "layer_norm")
 )
 
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import zo_kernels
+import zo_kernels.ops
+import zo_kernels.triton
 from elasticzo import ZOSGD, ElasticZO, pair_losses
 from elasticzo.models import LeNet5, ResNet20
 from elasticzo.state import all_buffers
@@ -29,9 +30,9 @@ pytest.importorskip("triton")
 META = torch.device("meta")
 ON_META = pytest.mark.skipif(torch.cuda.is_available(), reason="stands for a device: use it")
 MODULES = [
-    importlib.import_module(f"zo_kernels.{found.name}")
-    for found in pkgutil.iter_modules(zo_kernels.__path__)
-    if not found.ispkg
+    importlib.import_module(f"{column.__name__}.{found.name}")
+    for column in (zo_kernels.ops, zo_kernels.triton)
+    for found in pkgutil.iter_modules(column.__path__)
 ]
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from zo_kernels import _lib as lib
 from zo_kernels import perturb_, perturbed_weights, resolve_backend, sample, update_
+from zo_kernels import registry as lib
 
 KEY = torch.tensor([1, 2])
 EPS = torch.tensor(0.1, dtype=torch.float64)
@@ -305,12 +305,12 @@ def test_in_place_under_no_grad_is_allowed() -> None:
 
 ABSENT = {
     "triton": (
-        {"HAS_TRITON": False},
+        {"has_triton": lambda: False},
         "triton",
         "backend 'triton' needs the triton package (Linux); it is not installed",
     ),
     "cpu-tensors": (
-        {"HAS_TRITON": True, "interpreted": lambda: False},
+        {"has_triton": lambda: True, "interpreted": lambda: False},
         "triton",
         "backend 'triton' needs CUDA tensors (or TRITON_INTERPRET=1), got cpu ones",
     ),
@@ -337,7 +337,7 @@ def test_a_forced_backend_is_never_replaced(
 
 
 def test_auto_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lib, "HAS_TRITON", True)
+    monkeypatch.setattr(lib, "has_triton", lambda: True)
     lib._resolve.cache_clear()
     try:
         assert resolve_backend("auto", "cuda") == "triton"

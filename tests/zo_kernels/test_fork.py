@@ -16,14 +16,14 @@ SCRIPT = """
 import multiprocessing, sys
 import numpy as np, torch
 from zo_kernels import int8_paired_linear, perturbed_weights
-from zo_kernels.cpu import int8_products, ops
+from zo_kernels.cpu import int8_products, sweeps
 
 torch.set_num_threads(2)
 rng = np.random.default_rng(0)
 x, w = (rng.integers(-127, 128, shape, dtype=np.int8) for shape in ((4096, 256), (64, 256)))
 expected = x.astype(np.int32) @ w.astype(np.int32).T
 assert expected.size * 256 >= int8_products.PARALLEL_FROM  # else no thread takes part
-weight = torch.zeros(ops.PARALLEL_FROM)
+weight = torch.zeros(sweeps.PARALLEL_FROM)
 key, eps = torch.tensor([3, 5]), torch.tensor(1.0, dtype=torch.float64)
 
 def check():
@@ -33,12 +33,12 @@ def check():
     return perturbed_weights(weight, key, eps, tensor=0, backend="numba").numpy()
 
 def child(before):
-    assert ops._pool.cache_info().currsize == 0
+    assert sweeps.pool_of.cache_info().currsize == 0
     assert np.array_equal(check(), before)
-    assert ops._pool.cache_info().currsize == 1  # threads of its own
+    assert sweeps.pool_of.cache_info().currsize == 1  # threads of its own
 
 before = check()
-assert ops._pool.cache_info().currsize == 1
+assert sweeps.pool_of.cache_info().currsize == 1
 process = multiprocessing.get_context("fork").Process(target=child, args=(before,))
 process.start()
 process.join(60)

@@ -75,7 +75,7 @@ def test_falls_to_the_reference_where_numba_is_missing() -> None:
 
 def test_the_reference_imports_neither_triton_nor_numba_itself() -> None:
     for path in (PACKAGE / "reference").glob("*.py"):
-        assert not {"triton", "numba", "zo_kernels._triton"} & imported(path), path.name
+        assert not {"triton", "numba", "zo_kernels.triton.shim"} & imported(path), path.name
 
 
 def test_the_interpreter_is_not_a_default() -> None:
@@ -103,24 +103,50 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-KERNEL_FILES = [path for path in PACKAGE.glob("*.py") if path.name != "__init__.py"]
+FILES = sorted(PACKAGE.rglob("*.py"))
+# Arrows run down this list only; a column knows no other one, but the twins on the CPU the
+# reference. The registry finds a function in a column by its name, when an op is called.
+ORDER = ("__init__", "ops", "paths", "triton", "cpu", "reference", "int8", "rules", "geometry")
+ORDER += ("registry", "layout")
+APART = {("triton", "cpu"), ("triton", "reference"), ("ops", "cpu"), ("ops", "reference")}
 
 
-@pytest.mark.parametrize("path", KERNEL_FILES, ids=lambda path: path.name)
-def test_kernel_files_import_no_twin(path: Path) -> None:
-    """`_lib.twin` loads one when it is asked for, never an import statement."""
-    twins = ("zo_kernels.reference", "zo_kernels.cpu")
-    assert not [name for name in imported(path) if name.startswith(twins)]
+def room_of(module: str) -> str:
+    """The place in ORDER of a module of the package."""
+    return [*module.split("."), "__init__"][1]
 
 
-@pytest.mark.parametrize(
-    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE))
-)
+def modules_of(path: Path) -> tuple[str, set[str]]:
+    """The module of a file, and those of the package that it imports."""
+    parts = ["zo_kernels", *path.relative_to(PACKAGE).with_suffix("").parts]
+    own = {name for name in imported(path) if name.split(".")[0] == "zo_kernels"}
+    return ".".join(part for part in parts if part != "__init__"), own
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_run_down(path: Path) -> None:
+    module, own = modules_of(path)
+    rooms = room_of(module), {room_of(name) for name in own}
+    below = ORDER[ORDER.index(rooms[0]) + (rooms[0] not in ("ops", "triton", "cpu", "reference")) :]
+    assert rooms[1] <= {*below} - {there for here, there in APART if here == rooms[0]}
+
+
+def test_no_circle() -> None:
+    graph = dict(map(modules_of, FILES))
+    done: set[str] = set()
+    while graph:
+        free = {module for module, own in graph.items() if own <= done}
+        assert free, f"a circle among {sorted(graph)}"
+        done |= free
+        graph = {module: own for module, own in graph.items() if module not in free}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_the_package_knows_no_model(path: Path) -> None:
     assert not [n for n in imported(path) if n.split(".")[0] in ("elasticzo", "experiments")]
 
 
-@pytest.mark.parametrize("path", KERNEL_FILES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_triton_is_imported_in_one_place(path: Path) -> None:
-    if path.name != "_triton.py":
+    if path.name != "shim.py":
         assert not [n for n in imported(path) if n.split(".")[0] == "triton"]

@@ -15,10 +15,10 @@ from tests.zo_kernels._int8_operands import NOISE, TENSOR, assert_same, expected
 from tests.zo_kernels._int8_weights import key_on
 from tests.zo_kernels.test_paired_conv2d import CASES, FEW, LAST, VIEWS
 from zo_kernels import int8_paired_conv1d, int8_paired_conv2d, int8_range
-from zo_kernels._triton import HAS_TRITON
+from zo_kernels.registry import has_triton
 
 pytestmark = pytest.mark.usefixtures("poison")
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+needs_triton = pytest.mark.skipif(not has_triton(), reason="needs triton")
 
 
 def operands(sizes: Any, halves: int, device: Any) -> tuple[Tensor, Tensor]:
@@ -132,7 +132,7 @@ def test_all_zero(backend: str, device: Any) -> None:
 @pytest.mark.parametrize("pool", [False, True], ids=["whole", "pool"])
 def test_launch_does_not_show(pool: bool, device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles, and 64-bit offsets where 32 would do."""
-    module = importlib.import_module("zo_kernels._int8_paired_conv2d")
+    module = importlib.import_module("zo_kernels.triton.int8_conv")
     x, w = operands((2, 5, 33, (7, 6), (3, 3)), 2, device)
     given = {"padding": 1, "pool": pool}
     want = expected(x, w, **given)
@@ -146,7 +146,7 @@ def test_launch_does_not_show(pool: bool, device: Any, monkeypatch: pytest.Monke
 
 @needs_triton
 def test_a_tile_holds_rows_and_outputs_or_is_the_largest() -> None:
-    module = importlib.import_module("zo_kernels._int8_paired_conv2d")
+    module = importlib.import_module("zo_kernels.triton.int8_conv")
     for lines, tiles, most in ((True, module.TILES, 64), (False, module.GATHERED, 32)):
         assert list(tiles) == sorted(tiles, key=lambda t: (t.cols, t.rows))
         for rows in (0, 1, 64, 65, 128, 129, 10**6):

@@ -17,11 +17,11 @@ from torch import Tensor
 from tests.zo_kernels._int8_operands import NOISE, TENSOR, assert_same, expected, halves_of, int8
 from tests.zo_kernels._int8_weights import key_on
 from zo_kernels import int8_matmul, int8_paired_linear, int8_range
-from zo_kernels._int8_products import MAX_DEPTH
-from zo_kernels._triton import HAS_TRITON
+from zo_kernels.ops.checks import MAX_DEPTH
+from zo_kernels.registry import has_triton
 
 pytestmark = pytest.mark.usefixtures("poison")
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+needs_triton = pytest.mark.skipif(not has_triton(), reason="needs triton")
 # rows of a half, depth, features
 SHAPES = {
     "one": (1, 1, 1),
@@ -142,7 +142,7 @@ TILES = [(32, 32, 32, 4, 2), (64, 16, 64, 8, 2)]
 @needs_triton
 def test_launch_does_not_show(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles, and 64-bit offsets where 32 would do."""
-    module = importlib.import_module("zo_kernels._int8_paired_linear")
+    module = importlib.import_module("zo_kernels.triton.int8_linear")
     x, w = int8(2 * 37, 48, device=device), int8(35, 48, device=device)
     want = expected(x, w)
     for name in ("TILES", "RAGGED"):
@@ -158,7 +158,7 @@ def test_launch_does_not_show(device: Any, monkeypatch: pytest.MonkeyPatch) -> N
 
 @needs_triton
 def test_a_tile_holds_the_rows_or_is_the_largest() -> None:
-    module = importlib.import_module("zo_kernels._int8_paired_linear")
+    module = importlib.import_module("zo_kernels.triton.int8_linear")
     for ragged, tiles in ((False, module.TILES), (True, module.RAGGED)):
         assert list(tiles) == sorted(tiles)
         for rows in (0, 1, 16, 17, 128, 129, 10**6):
@@ -171,7 +171,7 @@ def test_a_tile_holds_the_rows_or_is_the_largest() -> None:
 @needs_triton
 def test_what_is_read_along_decides_whether_operands_are_ragged() -> None:
     """Outputs, or rows, that are no multiple of 16 do so only where memory runs along them."""
-    module = importlib.import_module("zo_kernels._int8_paired_linear")
+    module = importlib.import_module("zo_kernels.triton.int8_linear")
     x, w = int8(4, 64), int8(16, 64)
     down, across = int8(64, 16).t(), int8(60, 64).t()  # [16, 64] and [64, 60] in columns
     assert not module._is_ragged(x, w)
@@ -189,7 +189,7 @@ def test_a_launch_takes_the_tile_of_its_operands(
     view: str, device: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """LeNet's fc1 has 120 outputs of 400 inputs: lines of 400 bytes, read 16 at a time."""
-    module = importlib.import_module("zo_kernels._int8_paired_linear")
+    module = importlib.import_module("zo_kernels.triton.int8_linear")
     seen, tile_for = [], module.tile_for
 
     def spy(*args: Any) -> Any:

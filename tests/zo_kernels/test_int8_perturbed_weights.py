@@ -16,10 +16,10 @@ from tests.zo_kernels._noise_model import model
 from tests.zo_kernels._weights import ALL, EXPANDED, FEW, LAYOUTS
 from tests.zo_kernels.test_layout import Recorder
 from zo_kernels import int8_perturbed_weights, sample
-from zo_kernels._triton import HAS_TRITON
+from zo_kernels.registry import has_triton
 
 pytestmark = pytest.mark.usefixtures("poison")
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+needs_triton = pytest.mark.skipif(not has_triton(), reason="needs triton")
 
 TENSOR = 2**31 + 5
 NOISE = {"p_zero": 0.33, "r_max": 15}
@@ -96,7 +96,7 @@ def test_halves_have_the_memory_format_of_the_weight(name: str, backend: str, de
 @pytest.mark.parametrize("name", FEW)
 def test_launch_does_not_show(name: str, device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Block sizes, and 64-bit offsets where 32 would do."""
-    module = import_module("zo_kernels.int8_perturbed_weights")
+    module = import_module("zo_kernels.triton.int8_weights")
     w = int8_weight(name, device)
     first = perturb(w, "triton", stop=3)
     for limit, block in ((0, 2048), (2**31 - 1, 256), (2**31 - 1, 1024), (0, 4096)):
@@ -110,7 +110,7 @@ def test_launch_does_not_show(name: str, device: Any, monkeypatch: pytest.Monkey
 def test_knows_when_offsets_need_64_bits(
     elements: int, wide: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module, kernel = import_module("zo_kernels.int8_perturbed_weights"), Recorder()
+    module, kernel = import_module("zo_kernels.triton.int8_weights"), Recorder()
     monkeypatch.setattr(module, "_int8_perturbed_weights_kernel", kernel)
     w = torch.empty(elements, dtype=torch.int8, device="meta")
     out = torch.empty(2, elements, dtype=torch.int8, device="meta")
@@ -129,6 +129,6 @@ def test_halves_may_begin_beyond_int32(device: Any, tmp_path: Path) -> None:
         memory = torch.from_numpy(file)
     w = int8_weight("1d-1040", device)[:64]
     out = memory.as_strided((count, 64), (distance, 1))
-    module = import_module("zo_kernels.int8_perturbed_weights")
+    module = import_module("zo_kernels.triton.int8_weights")
     module._launch(w, out, key_on(device), TENSOR, 0, count, *NOISE.values())
     assert torch.equal(out, perturb(w, "triton", stop=count))

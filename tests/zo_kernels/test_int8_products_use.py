@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import re
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import zo_kernels
 from tests.zo_kernels._int8_operands import int8
 from tests.zo_kernels._int8_weights import int32, key_on
 from tests.zo_kernels.test_int8_use import NoFloats, op
@@ -23,20 +20,9 @@ from zo_kernels import (
     int8_paired_linear,
     int8_requantize,
 )
-from zo_kernels._int8_products import MAX_DEPTH
+from zo_kernels.ops.checks import MAX_DEPTH
 
 pytestmark = pytest.mark.usefixtures("poison")
-OPS = (
-    "int8_conv2d_gradient",
-    "int8_conv2d_max_pool",
-    "int8_gradient_update_",
-    "int8_matmul",
-    "int8_paired_conv1d",
-    "int8_paired_conv1d_max",
-    "int8_paired_conv2d",
-    "int8_paired_linear",
-    "int8_unpool",
-)
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["separate", "shared"])
@@ -112,25 +98,6 @@ def test_no_float_takes_part(backend: str, device: Any, monkeypatch: pytest.Monk
     with NoFloats():
         found = layers(backend)(*args)
     assert {t.dtype for t in found} <= {torch.int8, torch.int32}
-
-
-@pytest.mark.parametrize("twins", ["zo_kernels.reference", "zo_kernels.cpu"])
-@pytest.mark.parametrize("name", OPS)
-def test_signatures(name: str, twins: str) -> None:
-    if twins == "zo_kernels.cpu":
-        pytest.importorskip("numba")
-    public = inspect.signature(getattr(zo_kernels, name))
-    module = importlib.import_module(twins)
-    parameters = [p for p in public.parameters.values() if p.name != "backend"]
-    assert public.parameters["backend"].default == "auto"
-    assert public.replace(parameters=parameters) == inspect.signature(getattr(module, name))
-    doc = inspect.getdoc(getattr(zo_kernels, name)) or ""
-    assert not [parameter for parameter in public.parameters if parameter not in doc]
-    assert name in zo_kernels.__all__ and name in module.__all__
-    if name != "int8_paired_conv1d":
-        schema = op(name)._schema
-        assert [a.name for a in schema.arguments] == [*public.parameters]
-        assert schema.is_mutable is name.endswith("_")
 
 
 KEY, X, W = key_on("cpu"), torch.zeros(4, 7, dtype=torch.int8), torch.zeros(5, 7, dtype=torch.int8)

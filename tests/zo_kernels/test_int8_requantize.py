@@ -17,10 +17,10 @@ from tests.zo_kernels._noise_model import model
 from tests.zo_kernels._weights import ALL, FEW
 from tests.zo_kernels.test_layout import Recorder
 from zo_kernels import int8_range, int8_requantize
-from zo_kernels._triton import HAS_TRITON
+from zo_kernels.registry import has_triton
 
 pytestmark = pytest.mark.usefixtures("poison")
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+needs_triton = pytest.mark.skipif(not has_triton(), reason="needs triton")
 
 TENSOR, QUERY = 2**31 + 5, 3
 SETTINGS = {"tensor": TENSOR, "query": QUERY}
@@ -156,11 +156,11 @@ def test_launch_does_not_show(
     acc = accumulator(name, device)
     args = {"rounding": rounding, "key": key_on(device), "backend": "triton"} | SETTINGS
     q, e = int8_requantize(acc, None, int32(0, device), **args)
-    modules = [import_module(f"zo_kernels.{op}") for op in ("int8_range", "int8_requantize")]
+    module = import_module("zo_kernels.triton.int8_range")
     for limit, block in ((0, 2048), (2**31 - 1, 64), (2**31 - 1, 512), (0, 4096)):
-        for module in modules:
-            monkeypatch.setattr(module, "INT32_MAX", limit)
-            monkeypatch.setattr(module, "BLOCK", block)
+        monkeypatch.setattr(module, "INT32_MAX", limit)
+        for name in ("BLOCK", "RANGE_BLOCK"):
+            monkeypatch.setattr(module, name, block)
         again, e_again = int8_requantize(acc, None, int32(0, device), **args)
         assert torch.equal(q, again) and torch.equal(e, e_again)
 
@@ -174,7 +174,7 @@ def test_launch_does_not_show(
 def test_knows_when_offsets_need_64_bits(
     shape: Any, strides: Any, wide: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module, kernel = import_module("zo_kernels.int8_requantize"), Recorder()
+    module, kernel = import_module("zo_kernels.triton.int8_range"), Recorder()
     monkeypatch.setattr(module, "_requantize_kernel", kernel)
     acc = torch.empty(shape, dtype=torch.int32, device="meta")
     acc = acc if strides is None else acc[:1, :1].as_strided(shape, strides)
@@ -183,9 +183,9 @@ def test_knows_when_offsets_need_64_bits(
     module._launch(acc, out, one, (one, None, one), (None, 0, 0), 2, "nearest", False)
     assert kernel.kwargs["INT64"] is wide
     if strides is None:
-        module, kernel = import_module("zo_kernels.int8_range"), Recorder()
+        kernel = Recorder()
         monkeypatch.setattr(module, "_range_kernel", kernel)
-        module._launch_int8_range(acc, 2)
+        module.int8_range(acc, halves=2)
         assert kernel.kwargs["INT64"] is wide
 
 

@@ -22,11 +22,12 @@ from torch import Tensor
 
 from tests.zo_kernels._integer_model import ROUNDINGS, bits, clip, factor, rounded, rounds_up
 from zo_kernels import int8_range, int8_requantize, sample
-from zo_kernels._int8 import FACTORS, sparse_constants, update_shift
-from zo_kernels._int8 import ROUNDINGS as NUMBERS
-from zo_kernels._integer import bit_length, round_shift
-from zo_kernels._triton import HAS_TRITON, interpreted, jit, tl
+from zo_kernels.int8 import FACTORS, sparse_constants, update_shift
+from zo_kernels.int8 import ROUNDINGS as NUMBERS
 from zo_kernels.reference import integer
+from zo_kernels.registry import has_triton, interpreted
+from zo_kernels.triton.integer import bit_length, round_shift
+from zo_kernels.triton.shim import jit, tl
 
 pytestmark = pytest.mark.usefixtures("poison")
 LIMIT = 1 << 13
@@ -87,7 +88,7 @@ SHIFTS = [
     pytest.param(
         by_triton,
         id="triton",
-        marks=pytest.mark.skipif(not HAS_TRITON, reason="needs triton"),
+        marks=pytest.mark.skipif(not has_triton(), reason="needs triton"),
     ),
 ]
 
@@ -167,8 +168,8 @@ def test_powers_of_two_fit_in_int8(
     rounding: str, backend: str, device: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """2^k - 1, 2^k, 2^k + 1 of both signs, each a tensor of its own: range, exponent, clipping."""
-    for name in ("int8_range", "int8_requantize"):  # a program for each number
-        monkeypatch.setattr(import_module(f"zo_kernels.{name}"), "BLOCK", 128)
+    for name in ("BLOCK", "RANGE_BLOCK"):  # a program for each number
+        monkeypatch.setattr(import_module("zo_kernels.triton.int8_range"), name, 128)
     # The interpreter is slow, and the roundings themselves are tested above.
     edges = EDGES if backend != "triton" or rounding == "nearest" else EDGES[1::4]
     acc = torch.tensor(edges, dtype=torch.int64).to(torch.int32).to(device)
@@ -222,7 +223,7 @@ def test_bit_length(dtype: torch.dtype, device: Any) -> None:
     x = torch.tensor(numbers, dtype=dtype, device=device)
     want = [n.bit_length() for n in numbers]
     assert integer.bit_length(x.long()).tolist() == want
-    if HAS_TRITON:
+    if has_triton():
         out = torch.empty_like(x)
         _bit_length_kernel[(1,)](x, out, len(numbers), BLOCK=256)
         assert out.tolist() == want

@@ -16,10 +16,10 @@ from tests.zo_kernels._noise_model import model
 from tests.zo_kernels._weights import FEW, IN_PLACE, LAYOUTS, storage
 from tests.zo_kernels.test_layout import Recorder
 from zo_kernels import int8_update_
-from zo_kernels._triton import HAS_TRITON
+from zo_kernels.registry import has_triton
 
 pytestmark = pytest.mark.usefixtures("poison")
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+needs_triton = pytest.mark.skipif(not has_triton(), reason="needs triton")
 
 TENSOR = 2**31 + 5
 SIGNS = [1, -1, 0, -1]
@@ -125,7 +125,7 @@ def test_weights_outside_the_range_return_into_it(backend: str, device: Any) -> 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_launch_does_not_show(rounding: str, device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Block sizes, and 64-bit offsets where 32 would do; one launch for all."""
-    table = import_module("zo_kernels._table")
+    table = import_module("zo_kernels.triton.table")
     start = [int8_weight(name, device) for name in ("0d", "3x129", "channels-last")]
     first = [w.clone() for w in start]
     update(first, "triton", rounding=rounding)
@@ -140,7 +140,7 @@ def test_launch_does_not_show(rounding: str, device: Any, monkeypatch: pytest.Mo
 
 @needs_triton
 def test_one_launch(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, kernel = import_module("zo_kernels.int8_update"), Recorder()
+    module, kernel = import_module("zo_kernels.triton.int8_weights"), Recorder()
     monkeypatch.setattr(module, "_int8_update_kernel", kernel)
     update([int8_weight(name, device) for name in FEW], "triton")
     assert kernel.grid[0] >= len(FEW) and kernel.kwargs["INT64"] is False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import zo_kernels
 from tests.zo_kernels._int8_weights import int8_weight, int32, key_on
 from zo_kernels import (
     int8_perturbed_weights,
@@ -150,7 +148,7 @@ def test_no_float_takes_part(backend: str, device: Any, monkeypatch: pytest.Monk
     """Called as eager mode calls them: under a dispatch mode the ops would be opaque."""
     monkeypatch.setattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
     if backend == "triton":  # a table of weights carries their scales, which no integer op reads
-        table = importlib.import_module("zo_kernels._table")
+        table = importlib.import_module("zo_kernels.triton.table")
         step, args = a_step(backend), arguments(device)
         step(*args)
         assert table._TABLES
@@ -158,21 +156,3 @@ def test_no_float_takes_part(backend: str, device: Any, monkeypatch: pytest.Monk
         step, args = a_step(backend), arguments(device)
     with NoFloats():
         step(*args)
-
-
-@pytest.mark.parametrize("twins", ["zo_kernels.reference", "zo_kernels.cpu"])
-@pytest.mark.parametrize("name", OPS)
-def test_signatures(name: str, twins: str) -> None:
-    if twins == "zo_kernels.cpu":
-        pytest.importorskip("numba")
-    public = inspect.signature(getattr(zo_kernels, name))
-    twin = inspect.signature(getattr(importlib.import_module(twins), name))
-    parameters = [p for p in public.parameters.values() if p.name != "backend"]
-    assert public.parameters["backend"].default == "auto"
-    assert public.replace(parameters=parameters) == twin
-    schema = op(name)._schema
-    assert [a.name for a in schema.arguments] == [*public.parameters]
-    assert schema.is_mutable is name.endswith("_")
-    doc = inspect.getdoc(getattr(zo_kernels, name)) or ""
-    assert not [parameter for parameter in public.parameters if parameter not in doc]
-    assert name in zo_kernels.__all__

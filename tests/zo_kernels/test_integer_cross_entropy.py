@@ -13,14 +13,15 @@ from torch import Tensor
 from tests.zo_kernels._int8_weights import int32
 from tests.zo_kernels._integer_model import SCALE, exp2, log2, scaled
 from zo_kernels import integer_cross_entropy, integer_projected_sign
-from zo_kernels._integer import exp2 as device_exp2
-from zo_kernels._integer import log2 as device_log2
-from zo_kernels._integer import scaled as device_scaled
-from zo_kernels._triton import HAS_TRITON, jit, tl
 from zo_kernels.reference import integer
+from zo_kernels.registry import has_triton
+from zo_kernels.triton.integer import exp2 as device_exp2
+from zo_kernels.triton.integer import log2 as device_log2
+from zo_kernels.triton.integer import scaled as device_scaled
+from zo_kernels.triton.shim import jit, tl
 
 pytestmark = pytest.mark.usefixtures("poison")
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+needs_triton = pytest.mark.skipif(not has_triton(), reason="needs triton")
 BITS = (0, 1, 4, 8, 12, 15, 16)
 EXPONENTS = (-40, -25, -24, -15, -8, -5, -3, 0, 3, 8, 9, 50)
 
@@ -66,7 +67,7 @@ def test_arithmetic(fraction_bits: int, device: Any) -> None:
         y = integer.exp2(d, f)
         assert d.tolist() == [scaled(n, exponent, f) for n in range(256)]
         assert y.tolist() == [exp2(v, f) for v in d.tolist()]
-        if HAS_TRITON:
+        if has_triton():
             results = [torch.empty_like(below) for _ in range(3)]
             args = (below.to(torch.int32), int32(exponent, device), *results[:2], sums, results[2])
             _arithmetic_kernel[(1,)](*args, 256, F=f, BLOCK=256)
@@ -170,7 +171,7 @@ def test_strides_do_not_show(backend: str, device: Any) -> None:
 
 @needs_triton
 def test_launch_does_not_show(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = import_module("zo_kernels.integer_cross_entropy")
+    module = import_module("zo_kernels.triton.int8_loss")
     logits, target = case(2, 9, 37, device)
     exponent = int32([-5, -6], device)
     first = integer_cross_entropy(logits, exponent, target, backend="triton")

@@ -15,10 +15,10 @@ from tests.zo_kernels._integer_model import ROUNDINGS, clip, exp2, rounded, scal
 from tests.zo_kernels._noise_model import model
 from tests.zo_kernels.test_integer_cross_entropy import case
 from zo_kernels import integer_softmax_error
-from zo_kernels._triton import HAS_TRITON
+from zo_kernels.registry import has_triton
 
 pytestmark = pytest.mark.usefixtures("poison")
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+needs_triton = pytest.mark.skipif(not has_triton(), reason="needs triton")
 
 TENSOR, QUERY = 2**31 + 5, 3
 SETTINGS = {"tensor": TENSOR, "query": QUERY}
@@ -125,7 +125,7 @@ def test_empty(backend: str, device: Any) -> None:
 @needs_triton
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_launch_does_not_show(rounding: str, device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = import_module("zo_kernels.integer_cross_entropy")
+    module = import_module("zo_kernels.triton.int8_loss")
     logits, target = case(2, 9, 37, device)
     exponent = int32([-5, -6], device)
     args = {"rounding": rounding, "key": key_on(device), "backend": "triton"}
@@ -134,7 +134,7 @@ def test_launch_does_not_show(rounding: str, device: Any, monkeypatch: pytest.Mo
         monkeypatch.setattr(module, "TILE", tile)
         monkeypatch.setattr(module, "MAX_COLS", cols)
         monkeypatch.setattr(module, "MAX_ROWS", rows)
-        monkeypatch.setattr(import_module("zo_kernels.integer_softmax_error"), "INT32_MAX", limit)
+        monkeypatch.setattr(module, "INT32_MAX", limit)
         again, _ = integer_softmax_error(logits, exponent, target, **args)
         assert torch.equal(first, again)
 

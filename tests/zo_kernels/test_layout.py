@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from tests.zo_kernels._weights import ALL
-from zo_kernels._layout import Layout, layout_of, rows_cols, to_shape
-from zo_kernels._triton import HAS_TRITON
+from zo_kernels.layout import Layout, layout_of, rows_cols, to_shape
+from zo_kernels.registry import has_triton
 
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+needs_triton = pytest.mark.skipif(not has_triton(), reason="needs triton")
 CPU = torch.device("cpu")
 UNWALKABLE = {"sliced-kernel", "permuted-kernel"}
 
@@ -98,7 +98,7 @@ EDGE = 2**31 - 1 - 1024  # the last block must not pass 2^31 - 1
 def test_perturbed_weights_knows_when_offsets_need_64_bits(
     elements: int, halves: int, wide: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module, kernel = import_module("zo_kernels.perturbed_weights"), Recorder()
+    module, kernel = import_module("zo_kernels.triton.weights"), Recorder()
     monkeypatch.setattr(module, "_perturbed_weights_kernel", kernel)
     key, eps = meta(2, dtype=torch.int64), meta(dtype=torch.float64)
     module._launch(meta(elements), meta(halves, elements), key, eps, 0, 0, halves, "normal", 1.0)
@@ -108,13 +108,13 @@ def test_perturbed_weights_knows_when_offsets_need_64_bits(
 @needs_triton
 def test_gaps_count_in_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few elements spread over more than 2^31."""
-    module, kernel = import_module("zo_kernels.perturbed_weights"), Recorder()
+    module, kernel = import_module("zo_kernels.triton.weights"), Recorder()
     monkeypatch.setattr(module, "_perturbed_weights_kernel", kernel)
     w = meta(1).as_strided((4, 8), (2**30, 1))
     key, eps = meta(2, dtype=torch.int64), meta(dtype=torch.float64)
     module._launch(w, meta(2, 4, 8), key, eps, 0, 0, 2, "normal", 1.0)
     assert kernel.kwargs["INT64"] is True
-    table = import_module("zo_kernels._table").build_table([w], [0], [0], [1.0], "normal")
+    table = import_module("zo_kernels.triton.table").build_table([w], [0], [0], [1.0], "normal")
     assert table.int64
 
 
@@ -126,7 +126,7 @@ def test_update_knows_when_offsets_need_64_bits(
     elements: int, wide: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The host lists the blocks of a table: here few but large ones."""
-    module = import_module("zo_kernels._table")
+    module = import_module("zo_kernels.triton.table")
     monkeypatch.setattr(module, "BLOCK", 2**20)
     params = [meta(5), meta(elements)]
     assert module.build_table(params, [0, 1], [0, 0], [1.0, 1.0], "normal").int64 is wide
@@ -137,8 +137,8 @@ def test_update_knows_when_offsets_need_64_bits(
 def test_sample_knows_when_offsets_need_64_bits(
     cols: int, wide: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module, kernel = import_module("zo_kernels.sample"), Recorder()
+    module, kernel = import_module("zo_kernels.triton.noise"), Recorder()
     monkeypatch.setattr(module, "_sample_kernel", kernel)
     key = meta(2, dtype=torch.int64)
-    module._launch_sample((1, cols), key, 0, 0, "normal", "noise", 0.0, 1)
+    module.sample((1, cols), key, tensor=0)
     assert kernel.kwargs["INT64"] is wide

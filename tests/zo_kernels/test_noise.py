@@ -13,10 +13,11 @@ import torch
 from tests._budget import NORMAL_ERROR
 from tests.zo_kernels._noise_model import model, philox, sparse_value
 from zo_kernels import sample
-from zo_kernels._triton import HAS_TRITON, jit, tl
-from zo_kernels.noise import words
 from zo_kernels.reference.noise import philox as philox_torch
 from zo_kernels.reference.noise import sparse_int8 as sparse_int8_torch
+from zo_kernels.registry import has_triton
+from zo_kernels.triton.philox import words
+from zo_kernels.triton.shim import jit, tl
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -94,12 +95,12 @@ class TestKnownAnswers:
         fill_int(z, BITS, counter[0], 1, 0, 1, *rest)
         assert tuple(z.tolist()) == answer
 
-    @pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+    @pytest.mark.skipif(not has_triton(), reason="needs triton")
     def test_triton(self, counter: Any, seed: int, answer: Any, device: torch.device) -> None:
         assert tuple(triton_words(seed, counter, device, wide=False)[0].tolist()) == answer
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+@pytest.mark.skipif(not has_triton(), reason="needs triton")
 @pytest.mark.parametrize("counter", [(7, 1, 2, 3), (2**31 - 2, 2**32 - 1, 2**32 - 1, 2**26 - 1)])
 def test_int64_groups_give_the_32_bit_generator(counter: Any, device: torch.device) -> None:
     """An int64 counter would silently select Philox4x64 in `tl.philox`."""
@@ -190,12 +191,12 @@ def test_convolution_columns_have_channels_innermost(
         assert z[row, i, y, x] == flat[row, (y * kw + x) * ci + i]
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+@pytest.mark.skipif(not has_triton(), reason="needs triton")
 @pytest.mark.parametrize("kind", ["normal", *INTEGERS])
 def test_block_size_does_not_show(
     kind: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = import_module("zo_kernels.sample")
+    module = import_module("zo_kernels.triton.noise")
     results = []
     for block in (256, 512, 1024, 2048):
         monkeypatch.setattr(module, "BLOCK", block)
@@ -205,10 +206,10 @@ def test_block_size_does_not_show(
     assert all(torch.equal(results[0], z) for z in results[1:])
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+@pytest.mark.skipif(not has_triton(), reason="needs triton")
 @pytest.mark.parametrize("kind", ["normal", *INTEGERS])
 def test_int64_offsets_give_the_same_noise(kind: str, device: torch.device) -> None:
-    module: Any = import_module("zo_kernels.sample")
+    module: Any = import_module("zo_kernels.triton.noise")
     per, per_row = module.PER_CALL[kind], module.groups_per_row(333, kind)
     results = []
     for wide in (False, True):

@@ -18,9 +18,10 @@ import pytest
 import torch
 
 from tests.zo_kernels._noise_model import uniform
-from zo_kernels._triton import HAS_TRITON, jit, tl
-from zo_kernels.noise import radius, sincos_turns
 from zo_kernels.reference.noise import normals as normals_torch
+from zo_kernels.registry import has_triton
+from zo_kernels.triton.philox import radius, sincos_turns
+from zo_kernels.triton.shim import jit, tl
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -92,7 +93,7 @@ def _parts_kernel(word_ptr, r_ptr, sin_ptr, cos_ptr, n, BLOCK: tl.constexpr):
     tl.store(cos_ptr + o, cos, mask=o < n)
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+@pytest.mark.skipif(not has_triton(), reason="needs triton")
 def test_triton_on_the_seams_and_on_every_value_with_a_gpu(device: torch.device) -> None:
     words = all_words() if device.type == "cuda" else seams()
     w = torch.from_numpy(words.view(np.int32)).to(device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import re
 from typing import Any
 
@@ -11,14 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-import zo_kernels
 from tests._budget import assert_within_budget
 from tests.zo_kernels._weights import same_bits
 from zo_kernels import paired_batch_norm
-from zo_kernels._triton import HAS_TRITON
+from zo_kernels.registry import has_triton
 
 pytestmark = pytest.mark.usefixtures("poison")
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+needs_triton = pytest.mark.skipif(not has_triton(), reason="needs triton")
 
 EPSILON = 1e-5
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -85,7 +83,7 @@ def spread(x: Tensor, halves: int) -> Tensor:
 def additions(x: Tensor, halves: int) -> int:
     """One after another on the way of a square to its variance, each of them rounded: in a lane, in
     a tile (a tree on hardware, in turn in the interpreter), over splits."""
-    module = importlib.import_module("zo_kernels._paired_batch_norm_plan")
+    module = importlib.import_module("zo_kernels.triton.plan")
     plan = module.plan_of(x if module.channels_last(x) else x.contiguous(), halves)
     return plan.per_split + plan.tile_rows + plan.splits
 
@@ -220,7 +218,7 @@ def test_empty(shape: Any, backend: str, device: Any) -> None:
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
 def test_tiles(last: bool, device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """64-bit offsets where 32 would do change no bit; tiles and splits stay in the budget."""
-    module = importlib.import_module("zo_kernels._paired_batch_norm_plan")
+    module = importlib.import_module("zo_kernels.triton.plan")
     x, weight, bias = inputs((9, 6, 5, 5), device=device)
     if last:
         x = x.contiguous(memory_format=torch.channels_last)
@@ -241,7 +239,7 @@ def test_tiles(last: bool, device: Any, monkeypatch: pytest.MonkeyPatch) -> None
 @needs_triton
 @pytest.mark.parametrize("shape", [(1, 1), (64, 16, 56, 56), (7, 3, 7, 7), (4096, 10)], ids=str)
 def test_plans_cover_x(shape: Any) -> None:
-    module = importlib.import_module("zo_kernels._paired_batch_norm_plan")
+    module = importlib.import_module("zo_kernels.triton.plan")
     for memory_format in {torch.contiguous_format, LAST.get(len(shape), torch.contiguous_format)}:
         x = torch.empty(2 * shape[0], *shape[1:], device="meta").to(memory_format=memory_format)
         plan = module.plan_of(x, 2)
@@ -276,21 +274,6 @@ def test_compiles_in_one_graph(backend: str, device: Any) -> None:
 
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, weight, bias), layer(x, weight, bias))
-
-
-@pytest.mark.parametrize("twins", ["zo_kernels.reference", "zo_kernels.cpu"])
-def test_signatures(twins: str) -> None:
-    if twins == "zo_kernels.cpu":
-        pytest.importorskip("numba")
-    public = inspect.signature(paired_batch_norm)
-    twin = inspect.signature(importlib.import_module(twins).paired_batch_norm)
-    parameters = [p for p in public.parameters.values() if p.name != "backend"]
-    assert [*twin.parameters.values()] == parameters
-    schema = torch.ops.zo_kernels.paired_batch_norm.default._schema
-    assert [a.name for a in schema.arguments] == [*public.parameters] and not schema.is_mutable
-    doc = inspect.getdoc(paired_batch_norm) or ""
-    assert not [name for name in public.parameters if name not in doc]
-    assert "paired_batch_norm" in zo_kernels.__all__
 
 
 X, W, C = torch.zeros(4, 3, 2), torch.zeros(2, 3), torch.zeros(3)

@@ -37,10 +37,10 @@ from tests.zo_kernels.test_paired_linear import (
     truncates,
 )
 from zo_kernels import paired_conv2d, perturbed_weights
-from zo_kernels._triton import HAS_TRITON, interpreted
+from zo_kernels.registry import has_triton, interpreted
 
 pytestmark = pytest.mark.usefixtures("poison")
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+needs_triton = pytest.mark.skipif(not has_triton(), reason="needs triton")
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
 LAST = torch.channels_last
 # (rows of a half, channels, outputs, size, kernel), geometry
@@ -305,7 +305,7 @@ TILES = [(32, 16, 64, 4, 2), (64, 64, 128, 8, 2)]
 @pytest.mark.parametrize("pool", [False, True], ids=["whole", "pool"])
 def test_launch_does_not_show(pool: bool, device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles, and 64-bit offsets where 32 would do."""
-    module = importlib.import_module("zo_kernels._paired_conv2d")
+    module = importlib.import_module("zo_kernels.triton.conv")
     x, w, bias = integers(device)
     given = {"noise": "rademacher", "precision": "tf32", "padding": 1, "pool": pool}
     first = run(x, w, bias, "triton", **given)
@@ -327,7 +327,7 @@ def test_launch_does_not_show(pool: bool, device: Any, monkeypatch: pytest.Monke
 
 @needs_triton
 def test_a_tile_holds_rows_and_outputs_or_is_the_largest() -> None:
-    module = importlib.import_module("zo_kernels._paired_conv2d")
+    module = importlib.import_module("zo_kernels.triton.conv")
     for kind, tiles in module.TILES.items():
         assert list(tiles) == sorted(tiles, key=lambda t: (t.cols, t.rows))
         compute = BF16 if kind in ("bf16", "mixed") else FP32

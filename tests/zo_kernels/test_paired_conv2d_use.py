@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import re
 from typing import Any
 
@@ -12,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import zo_kernels
 from tests._budget import assert_within_budget
 from tests.zo_kernels._noise_model import model
 from tests.zo_kernels._weights import f64
@@ -30,10 +27,10 @@ from tests.zo_kernels.test_paired_linear import (
     key_on,
 )
 from zo_kernels import paired_conv1d, perturbed_weights
-from zo_kernels._triton import HAS_TRITON, interpreted
+from zo_kernels.registry import has_triton, interpreted
 
 pytestmark = pytest.mark.usefixtures("poison")
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+needs_triton = pytest.mark.skipif(not has_triton(), reason="needs triton")
 SIZES = (2, 3, 4, (5, 6), (3, 2))
 
 
@@ -71,23 +68,6 @@ def test_compiles_in_one_graph(backend: str, device: Any) -> None:
     torch.testing.assert_close(compiled(x, w, bias), layers(x, w, bias))
 
 
-@pytest.mark.parametrize("twins", ["zo_kernels.reference", "zo_kernels.cpu"])
-@pytest.mark.parametrize("name", ["paired_conv2d", "paired_conv1d"])
-def test_signatures(name: str, twins: str) -> None:
-    if twins == "zo_kernels.cpu":
-        pytest.importorskip("numba")
-    public = inspect.signature(getattr(zo_kernels, name))
-    twin = inspect.signature(getattr(importlib.import_module(twins), name))
-    parameters = [p for p in public.parameters.values() if p.name != "backend"]
-    assert public.replace(parameters=parameters) == twin
-    doc = inspect.getdoc(getattr(zo_kernels, name)) or ""
-    assert not [argument for argument in public.parameters if argument not in doc]
-    assert name in zo_kernels.__all__ and name in importlib.import_module(twins).__all__
-    if name == "paired_conv2d":
-        schema = torch.ops.zo_kernels.paired_conv2d.default._schema
-        assert [a.name for a in schema.arguments] == [*public.parameters] and not schema.is_mutable
-
-
 GEOMETRIES: dict[str, dict[str, int]] = {
     "plain": {},
     "everything": {"stride": 2, "padding": 3, "dilation": 2},
@@ -117,19 +97,6 @@ def test_1d(noise: str, shape: Any, geometry: Any, backend: str, device: Any) ->
     flat = {name: (0 if name == "padding" else 1, value) for name, value in geometry.items()}
     extra = noise_error(x.unsqueeze(2), w.unsqueeze(2), noise, **flat)
     assert_within_budget(y, torch.cat(low), torch.cat(exact), extra=extra)
-
-
-@pytest.mark.parametrize("twins", ["zo_kernels.reference", "zo_kernels.cpu"])
-def test_the_twin_of_1d_is_what_the_op_runs(twins: str) -> None:
-    if twins == "zo_kernels.cpu":
-        pytest.importorskip("numba")
-    x, w, bias = torch.randn(4, 3, 9), torch.randn(5, 3, 2), torch.randn(5)
-    given = {"tensor": TENSOR, "bias_tensor": BIAS_TENSOR, "stride": 2, "padding": 1, "dilation": 2}
-    given |= {"relu": True, "noise": "rademacher", "scale": SCALE, "bias_scale": 2.0}
-    twin = importlib.import_module(twins).paired_conv1d
-    backend = {"zo_kernels.cpu": "numba"}.get(twins, "reference")
-    want = run1d(x, w, bias, backend, **given)
-    assert torch.equal(twin(x, w, bias, key_on("cpu"), f64(EPS, "cpu"), **given), want)
 
 
 def test_1d_keeps_the_memory_format(backend: str, device: Any) -> None:

@@ -18,10 +18,10 @@ from tests._budget import NORMAL_ERROR, assert_rounded, assert_within_budget
 from tests.zo_kernels._noise_model import model
 from tests.zo_kernels._weights import bits, f64, same_bits
 from zo_kernels import paired_linear, perturbed_weights
-from zo_kernels._triton import HAS_TRITON, interpreted
+from zo_kernels.registry import has_triton, interpreted
 
 pytestmark = pytest.mark.usefixtures("poison")
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+needs_triton = pytest.mark.skipif(not has_triton(), reason="needs triton")
 
 SEED, STEP, TENSOR, BIAS_TENSOR = 2**40 + 7, 2**31 + 9, 5, 2**31 + 6
 EPS, SCALE, BIAS_SCALE = 0.5, 0.375, -0.75  # large, and exact in fp32 (test_perturbed_weights.py)
@@ -282,7 +282,7 @@ TILES = [(16, 16, 32, 4, 1), (32, 64, 64, 4, 2), (128, 32, 128, 8, 2)]
 @needs_triton
 def test_launch_does_not_show(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles, and 64-bit offsets where 32 would do."""
-    module = importlib.import_module("zo_kernels._paired_linear")
+    module = importlib.import_module("zo_kernels.triton.linear")
     x, w, bias = integers(device)
     given = {"noise": "rademacher", "stop": 2, "precision": "tf32"}
     first = run(x, w, bias, "triton", **given)
@@ -298,7 +298,7 @@ def test_launch_does_not_show(device: Any, monkeypatch: pytest.MonkeyPatch) -> N
 
 @needs_triton
 def test_a_tile_holds_the_rows_or_is_the_largest() -> None:
-    module = importlib.import_module("zo_kernels._paired_linear")
+    module = importlib.import_module("zo_kernels.triton.linear")
     for name, tiles in module.TILES.items():
         compute = BF16 if name in ("bf16", "mixed") else FP32
         w = FP32 if name == "mixed" else compute
@@ -313,7 +313,7 @@ def test_a_tile_holds_the_rows_or_is_the_largest() -> None:
 
 @needs_triton
 def test_tiles_of_ragged_sizes_and_of_amd_are_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = importlib.import_module("zo_kernels._paired_linear")
+    module = importlib.import_module("zo_kernels.triton.linear")
     bf16, mixed = (10**6, BF16, BF16, BF16, "ieee"), (10**6, FP32, FP32, BF16, "ieee")
     assert module.tile_for(*bf16).rows == 256 and module.tile_for(*bf16, True).rows == 128
     assert module.tile_for(*mixed).stages == 3
@@ -337,7 +337,7 @@ def test_tiles_of_ragged_sizes_and_of_amd_are_smaller(monkeypatch: pytest.Monkey
 def test_a_launch_knows_what_is_ragged(
     case: str, ragged: bool, device: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = importlib.import_module("zo_kernels._paired_linear")
+    module = importlib.import_module("zo_kernels.triton.linear")
     tile_for, seen = module.tile_for, []
 
     def spy(*args: Any) -> Any:

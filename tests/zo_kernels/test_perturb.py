@@ -12,7 +12,7 @@ from tests._budget import NORMAL_ERROR, assert_rounded, assert_within_budget
 from tests.zo_kernels._noise_model import model
 from tests.zo_kernels._weights import FEW, LAYOUTS, f64, same_bits, storage
 from zo_kernels import perturb_
-from zo_kernels._triton import interpreted
+from zo_kernels.registry import interpreted
 
 pytestmark = pytest.mark.usefixtures("poison")
 

@@ -15,10 +15,10 @@ from tests._budget import NORMAL_ERROR, assert_rounded, assert_within_budget
 from tests.zo_kernels._noise_model import model
 from tests.zo_kernels._weights import ALL, EXPANDED, FEW, LAYOUTS, VIEWS, bits, f64, same_bits
 from zo_kernels import perturbed_weights
-from zo_kernels._triton import HAS_TRITON, interpreted
+from zo_kernels.registry import has_triton, interpreted
 
 pytestmark = pytest.mark.usefixtures("poison")
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+needs_triton = pytest.mark.skipif(not has_triton(), reason="needs triton")
 
 SEED, STEP, TENSOR = 2**40 + 7, 2**31 + 9, 5
 # Large, so that a wrong z is far outside every budget; exact in fp32, as the interpreter passes
@@ -190,7 +190,7 @@ def test_launch_does_not_show(
     make: Any, noise: str, device: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Block sizes, and 64-bit offsets where 32 would do."""
-    module = import_module("zo_kernels.perturbed_weights")
+    module = import_module("zo_kernels.triton.weights")
     w = make(torch.float32, device)
     first = perturb(w, "triton", noise=noise, stop=3)
     monkeypatch.setattr(module, "INT32_MAX", 0)
@@ -213,6 +213,6 @@ def test_halves_may_begin_beyond_int32(device: Any, tmp_path: Path) -> None:
         memory = torch.from_numpy(file)
     w = torch.randn(64, device=device)
     out = memory.as_strided((count, 64), (distance, 1))
-    module = import_module("zo_kernels.perturbed_weights")
+    module = import_module("zo_kernels.triton.weights")
     module._launch(w, out, key_on(device), f64(EPS, device), TENSOR, 0, count, "normal", SCALE)
     assert torch.equal(out, perturb(w, "triton", stop=count, dtype=torch.float16))

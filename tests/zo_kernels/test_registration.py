@@ -1,9 +1,7 @@
-"""The ops as torch sees them: schemas, fakes, compilation; and the twins as Python sees them."""
+"""The ops as torch sees them: schemas, fakes, compilation."""
 
 from __future__ import annotations
 
-import importlib
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,11 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import zo_kernels
 from tests.zo_kernels._weights import FEW, f64
 from zo_kernels import perturb_, perturbed_weights, sample, update_
-
-OPS = ("sample", "perturbed_weights", "perturb_", "stage_", "update_")
 
 
 def scalars(device: Any) -> tuple[Tensor, Tensor]:
@@ -112,37 +107,3 @@ def test_compiles_in_one_graph(backend: str, device: Any) -> None:
 @pytest.mark.slow
 def test_compiles_with_inductor(device: Any) -> None:
     check_compiled("inductor", "auto", device)
-
-
-@pytest.mark.parametrize("twins", ["zo_kernels.reference", "zo_kernels.cpu"])
-@pytest.mark.parametrize("name", OPS)
-def test_twins_have_the_signature_of_the_op(name: str, twins: str) -> None:
-    if twins == "zo_kernels.cpu":
-        pytest.importorskip("numba")
-    public = inspect.signature(getattr(zo_kernels, name))
-    twin = inspect.signature(getattr(importlib.import_module(twins), name))
-    parameters = [p for p in public.parameters.values() if p.name != "backend"]
-    assert public.parameters["backend"].default == "auto"
-    assert public.replace(parameters=parameters) == twin
-
-
-@pytest.mark.parametrize("name", OPS)
-def test_docstrings_name_every_argument(name: str) -> None:
-    function = getattr(zo_kernels, name)
-    doc = inspect.getdoc(function) or ""
-    missing = [p for p in inspect.signature(function).parameters if p not in doc]
-    assert not missing
-
-
-@pytest.mark.parametrize("name", OPS)
-def test_schemas_tell_what_is_changed(name: str) -> None:
-    schema = op(name)._schema
-    assert schema.is_mutable is name.endswith("_")
-    assert [a.name for a in schema.arguments] == [
-        *inspect.signature(getattr(zo_kernels, name)).parameters
-    ]
-
-
-def test_all_lists_what_is_public() -> None:
-    assert set(OPS) <= set(zo_kernels.__all__)
-    assert all(hasattr(zo_kernels, name) for name in zo_kernels.__all__)

@@ -32,7 +32,7 @@ from tests.zo_kernels._rules import (
 from tests.zo_kernels._weights import FEW, f64, same_bits
 from tests.zo_kernels.test_stage import halves_of, key_of, names, update_of
 from zo_kernels import RULES, perturbed_weights, update_
-from zo_kernels._triton import interpreted
+from zo_kernels.registry import interpreted
 
 pytestmark = pytest.mark.usefixtures("poison")
 

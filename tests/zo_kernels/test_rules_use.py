@@ -27,15 +27,15 @@ from tests.zo_kernels._rules import (
 from tests.zo_kernels._weights import FEW, f64, same_bits
 from tests.zo_kernels.test_stage import halves_of, key_of, names, staged, update_of
 from zo_kernels import apply_rule_, update_
-from zo_kernels._triton import HAS_TRITON
+from zo_kernels.registry import has_triton
 
 pytestmark = pytest.mark.usefixtures("poison")
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+needs_triton = pytest.mark.skipif(not has_triton(), reason="needs triton")
 
 
 @needs_triton
 def test_a_table_follows_the_state(device: Any) -> None:
-    table = import_module("zo_kernels._table")
+    table = import_module("zo_kernels.triton.table")
     w = torch.randn(4, 16, device=device)
     with table.hold_tables() as held:
         for _ in range(2):
@@ -50,7 +50,7 @@ def test_a_table_follows_the_state(device: Any) -> None:
 
 @needs_triton
 def test_launches_do_not_show(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    table = import_module("zo_kernels._table")
+    table = import_module("zo_kernels.triton.table")
 
     def run() -> list[Tensor]:
         torch.manual_seed(1)

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from tests.zo_kernels._weights import ALL, FEW, IN_PLACE, VIEWS, f64, same_bits
 from zo_kernels import perturbed_weights, stage_, update_
-from zo_kernels._triton import HAS_TRITON
+from zo_kernels.registry import has_triton
 
 pytestmark = pytest.mark.usefixtures("poison")
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+needs_triton = pytest.mark.skipif(not has_triton(), reason="needs triton")
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}
 NOISES = ("normal", "rademacher")
@@ -176,7 +176,8 @@ def test_large_weights_on_threads(backend: str, device: Any) -> None:
 @needs_triton
 def test_launches(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """One for all weights of a dtype; block sizes and 64-bit offsets do not show."""
-    module, table = import_module("zo_kernels.stage"), import_module("zo_kernels._table")
+    module = import_module("zo_kernels.triton.stage")
+    table = import_module("zo_kernels.triton.table")
     kernel, launches = module._stage_kernel, []
 
     class Counted:
@@ -201,7 +202,7 @@ def test_launches(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_triton
 def test_tables_in_use_can_be_held(device: Any) -> None:
-    table = import_module("zo_kernels._table")
+    table = import_module("zo_kernels.triton.table")
     w = torch.randn(3, 4, device=device)
     with table.hold_tables() as held:
         staged([w], "triton")

@@ -14,10 +14,10 @@ from tests._budget import NORMAL_ERROR, assert_rounded, assert_within_budget
 from tests.zo_kernels._noise_model import model
 from tests.zo_kernels._weights import FEW, IN_PLACE, LAYOUTS, VIEWS, f64, same_bits, storage
 from zo_kernels import update_
-from zo_kernels._triton import HAS_TRITON
+from zo_kernels.registry import has_triton
 
 pytestmark = pytest.mark.usefixtures("poison")
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+needs_triton = pytest.mark.skipif(not has_triton(), reason="needs triton")
 
 SEED, STEP = 2**40 + 7, 2**31 + 9
 TENSOR = 2**31 + 5
@@ -191,8 +191,8 @@ def test_no_parameters(backend: str, device: Any) -> None:
 
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """zo_kernels._table with an empty cache."""
-    module = import_module("zo_kernels._table")
+    """zo_kernels.triton.table with an empty cache."""
+    module = import_module("zo_kernels.triton.table")
     monkeypatch.setattr(module, "_TABLES", OrderedDict())
     return module
 
@@ -220,7 +220,7 @@ def test_launch_does_not_show(
 
 @needs_triton
 def test_one_launch_a_dtype(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = import_module("zo_kernels.update")
+    module = import_module("zo_kernels.triton.update")
     kernel, launches = module._update_kernel, []
 
     class Counted:

@@ -19,9 +19,10 @@ from torch import Tensor
 from tests.zo_kernels._noise_model import model
 from tests.zo_kernels._weights import IN_PLACE, bits, f64, same_bits
 from zo_kernels import update_
-from zo_kernels._triton import HAS_TRITON, interpreted, jit, tl
 from zo_kernels.reference.rules import round_stochastically
-from zo_kernels.update import round_to_bf16
+from zo_kernels.registry import has_triton, interpreted
+from zo_kernels.triton.shim import jit, tl
+from zo_kernels.triton.update import round_to_bf16
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -76,7 +77,7 @@ ROUND = [
     pytest.param(
         triton_rounded,
         id="triton",
-        marks=pytest.mark.skipif(not HAS_TRITON, reason="needs triton"),
+        marks=pytest.mark.skipif(not has_triton(), reason="needs triton"),
     ),
 ]
 
@@ -143,7 +144,7 @@ def test_unbiased_over_many_steps(
     """
     n, steps, a = 1 << 13, 32, 2.0**-12
     if interpreted():  # one program a step
-        monkeypatch.setattr(import_module("zo_kernels._table"), "BLOCK", n)
+        monkeypatch.setattr(import_module("zo_kernels.triton.table"), "BLOCK", n)
     w = torch.full((n,), value, dtype=torch.bfloat16, device=device)
     for step in range(steps):
         update(w, backend, step, 0.0, a, "normal")

@@ -13,7 +13,10 @@ from __future__ import annotations
 import numpy as np
 from numba import carray, njit
 
-from zo_kernels._int8 import (
+from zo_kernels.cpu.kernels import philox
+from zo_kernels.cpu.memory import octets as octets_at
+from zo_kernels.cpu.memory import words as words_at
+from zo_kernels.int8 import (
     ERROR_BITS,
     ERROR_EXPONENT,
     FACTORS,
@@ -23,9 +26,6 @@ from zo_kernels._int8 import (
     MIN_EXPONENT,
     ONE_BITS,
 )
-from zo_kernels.cpu.kernels import philox
-from zo_kernels.cpu.memory import octets as octets_at
-from zo_kernels.cpu.memory import words as words_at
 
 i8, i32, u32, u64 = np.int8, np.int32, np.uint32, np.uint64
 NEAREST, PSEUDO, STOCHASTIC = 0, 1, 2

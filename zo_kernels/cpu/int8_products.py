@@ -1,4 +1,4 @@
-"""CPU twins of the integer products: weights perturbed and packed once, then dot products.
+"""What integer products on the CPU share: weights perturbed and packed once, then dot products.
 
 A linear layer is a convolution with a kernel of 1 x 1 over images of one row: its samples.
 """
@@ -14,17 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zo_kernels._conv import Geometry, Pair, conv_size, empty_output, geometry
-from zo_kernels._layout import layout_of
-from zo_kernels.cpu.int8 import _counters, _settings, _walk
-from zo_kernels.cpu.int8_dot import ALL, LANES, WINDOWS, convolve, scratch_sizes
+from zo_kernels.cpu.int8_dot import LANES, convolve, scratch_sizes
 from zo_kernels.cpu.int8_pack import pack
+from zo_kernels.cpu.int8_weights import counters, settings_of, walk_of
 from zo_kernels.cpu.memory import span
-from zo_kernels.cpu.ops import _pool
+from zo_kernels.cpu.sweeps import pool_of
+from zo_kernels.geometry import Geometry, conv_size
+from zo_kernels.layout import layout_of
 
 PARALLEL_FROM = 1 << 25  # products: below, a thread's hand-over costs more than it saves
-SAMPLES = 64  # of a linear layer in an "image": they stay in cache
-ONE = Geometry((1, 1), (0, 0), (1, 1))
 NO_NOISE = (np.uint64(0),) * 5
 
 
@@ -80,10 +78,10 @@ def _packed(w: Tensor, noise: Noise, together: int, runs: int, length: int) -> t
     blocks = -(-channels // LANES)
     panels = zeros((groups, blocks * runs * ((length + 3) // 4) * 4 * LANES), torch.int8)
     first = zeros((groups, blocks * LANES))
-    words = NO_NOISE if noise.key is None else _counters(noise.key, noise.tensor, 0)
+    words = NO_NOISE if noise.key is None else counters(noise.key, noise.tensor, 0)
     pack(
-        *((w.data_ptr(), walk.extent), _walk(walk), (walk.rows, runs, length)),
-        *((noise.start, noise.stop, together), _settings(noise.p_zero, noise.r_max), words),
+        *((w.data_ptr(), walk.extent), walk_of(walk), (walk.rows, runs, length)),
+        *((noise.start, noise.stop, together), settings_of(noise.p_zero, noise.r_max), words),
         *(panels, first),
     )
     return panels, first
@@ -95,7 +93,7 @@ def over_images(images: int, products: int, job: Callable[[int, int], Any]) -> l
     if workers < 2:
         return [job(0, images)]
     bounds = [images * i // workers for i in range(workers + 1)]
-    jobs = [_pool(workers).submit(job, *span) for span in pairwise(bounds)]
+    jobs = [pool_of(workers).submit(job, *span) for span in pairwise(bounds)]
     return [each.result() for each in jobs]
 
 
@@ -127,7 +125,7 @@ class After(NamedTuple):
     spots: Tensor | None = None
 
 
-def _multiply(
+def multiply(
     x: tuple[Tensor, Images],
     out: tuple[Tensor, Images],
     w: Tensor,
@@ -164,62 +162,7 @@ def _multiply(
     return torch.from_numpy(bits.reshape(-1))
 
 
-def int8_paired_linear(
-    x: Tensor,
-    w: Tensor,
-    key: Tensor | None,
-    *,
-    tensor: int | None = None,
-    start: int = 0,
-    stop: int = 2,
-    shared: bool = False,
-    p_zero: float = 0.0,
-    r_max: int = 1,
-    relu: bool = False,
-) -> tuple[Tensor, Tensor]:
-    count, (features, depth) = stop - start, w.shape
-    rows = x.shape[0] if shared else x.shape[0] // count
-    out = torch.empty((count * rows, features), dtype=torch.int32)
-    if out.numel() == 0 or depth == 0:
-        return out.zero_(), torch.zeros(count, dtype=torch.int32)
-    noise = Noise(key, tensor or 0, start, stop, p_zero, r_max)
-    wide = min(rows, SAMPLES)
-    images = -(-rows // wide)
-    s_row, s_col = x.stride()
-    strides = (0 if shared else rows * s_row, wide * s_row, s_col, 0, s_row)
-    source = Images(images, (depth, 1, wide), strides, rows)
-    to = (rows * features, wide * features, 1, 0, features)
-    target = Images(images, (features, 1, wide), to, rows)
-    return out, _multiply((x, source), (out, target), w, noise, (1, 1), ONE, shared, After(relu))
-
-
-def int8_paired_conv2d(
-    x: Tensor,
-    w: Tensor,
-    key: Tensor | None,
-    *,
-    tensor: int | None = None,
-    start: int = 0,
-    stop: int = 2,
-    shared: bool = False,
-    stride: Pair = (1, 1),
-    padding: Pair = (0, 0),
-    dilation: Pair = (1, 1),
-    p_zero: float = 0.0,
-    r_max: int = 1,
-    relu: bool = False,
-    pool: bool = False,
-) -> tuple[Tensor, Tensor]:
-    count, geo = stop - start, geometry(stride, padding, dilation)
-    out = empty_output(x, w, count, shared, geo, pool, torch.int32)
-    if out.numel() == 0:
-        return out, torch.zeros(count, dtype=torch.int32)
-    noise = Noise(key, tensor or 0, start, stop, p_zero, r_max)
-    after = After(relu, WINDOWS if pool else 0)
-    return out, _convolution(x, w, out, noise, geo, shared, after)
-
-
-def _convolution(
+def convolution(
     x: Tensor,
     w: Tensor,
     out: Tensor,
@@ -235,61 +178,7 @@ def _convolution(
     strides = (0 if shared else images * x.stride(0), *x.stride())
     source = Images(images, size, strides, images * width)
     target = Images(images, grid, (images * out.stride(0), *out.stride()), images * width)
-    return _multiply((x, source), (out, target), w, noise, kernel, geo, shared, after)
+    return multiply((x, source), (out, target), w, noise, kernel, geo, shared, after)
 
 
-def int8_conv2d_max_pool(
-    x: Tensor,
-    w: Tensor,
-    halves: int = 1,
-    *,
-    stride: Pair = (1, 1),
-    padding: Pair = (0, 0),
-    dilation: Pair = (1, 1),
-    relu: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    geo = geometry(stride, padding, dilation)
-    acc = empty_output(x, w, halves, False, geo, True, torch.int32)
-    places = torch.empty_like(acc, dtype=torch.uint8)
-    noise, after = Noise(None, 0, 0, halves, 0.0, 1), After(relu, WINDOWS, places)
-    return acc, _convolution(x, w, acc, noise, geo, False, after), places
-
-
-def int8_paired_conv1d_max(
-    x: Tensor,
-    w: Tensor,
-    key: Tensor | None,
-    *,
-    tensor: int | None = None,
-    start: int = 0,
-    stop: int = 2,
-    shared: bool = False,
-    stride: int = 1,
-    padding: int = 0,
-    dilation: int = 1,
-    p_zero: float = 0.0,
-    r_max: int = 1,
-    relu: bool = False,
-) -> tuple[Tensor, Tensor]:
-    count, geo = stop - start, geometry((1, stride), (0, padding), (1, dilation))
-    x, w = x.unsqueeze(2), w.unsqueeze(2)
-    acc = torch.empty((x.shape[0] * (count if shared else 1), w.shape[0]), dtype=torch.int32)
-    noise, to = Noise(key, tensor or 0, start, stop, p_zero, r_max), acc.unsqueeze(2).unsqueeze(3)
-    return acc, _convolution(x, w, to, noise, geo, shared, After(relu, ALL))
-
-
-def int8_matmul(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    acc, bits = int8_paired_linear(a, b.t(), None, stop=1)
-    return acc, bits.squeeze(0)
-
-
-__all__ = [
-    "empty",
-    "int8_conv2d_max_pool",
-    "int8_matmul",
-    "int8_paired_conv1d_max",
-    "int8_paired_conv2d",
-    "int8_paired_linear",
-    "over_images",
-    "zeros",
-]
+__all__ = ["After", "Images", "Noise", "convolution", "empty", "multiply", "over_images", "zeros"]

@@ -1,4 +1,4 @@
-"""CPU twin of `zo_kernels.int8_unpool`: a row of 16 errors makes two rows of 16 words of two bytes.
+"""The kernel of `int8_unpool` on the CPU: of a row of 16 errors two rows of 16 words of two bytes.
 
 Words are written in the order of memory, whole vectors at a time: what one writes beyond its row
 the next one writes again. Only the last rows go word by word.
@@ -7,15 +7,10 @@ the next one writes again. Only the last rows go word by word.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
-import torch
-import torch.nn.functional as F
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
-from torch import Tensor
 
 u8, u16 = np.uint8, np.uint16
 WIDE = 16
@@ -63,14 +58,4 @@ def unpool(error, places, rows, width, out):
                     out[to + i] = shifted if place >> 1 == row else u16(0)
 
 
-def int8_unpool(error: Tensor, places: Tensor, size: Sequence[int]) -> Tensor:
-    images, channels, height, width = error.shape
-    even = torch.empty((images, channels, 2 * height, 2 * width), dtype=torch.int8)
-    words = even.view(-1).view(torch.uint16).numpy()
-    flat = [t.contiguous().view(-1).numpy() for t in (error, places)]
-    unpool(*flat, images * channels * height, width, words)
-    odd = (0, size[1] - 2 * width, 0, size[0] - 2 * height)
-    return F.pad(even, odd) if any(odd) else even
-
-
-__all__ = ["int8_unpool"]
+__all__ = ["unpool"]

@@ -10,15 +10,10 @@ import torch
 from torch import Tensor
 
 from zo_kernels.cpu.kernels import stage_all
-from zo_kernels.cpu.ops import (
-    PARALLEL_FROM,
-    counter_words,
-    sample_rows,
-    small_table,
-    sweep_halves,
-    update_rows_,
-    walk_of,
-)
+from zo_kernels.cpu.noise import sample_rows
+from zo_kernels.cpu.sweeps import PARALLEL_FROM, counter_words, walk_of
+from zo_kernels.cpu.update import small_table, update_rows_
+from zo_kernels.cpu.weights import sweep_halves
 from zo_kernels.reference.stage import stage_one
 
 

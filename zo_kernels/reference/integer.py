@@ -28,7 +28,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from zo_kernels._int8 import (
+from zo_kernels.int8 import (
     FACTORS,
     LIMIT,
     LOG2_E,
@@ -37,7 +37,7 @@ from zo_kernels._int8 import (
     MIN_EXPONENT,
     ONE_BITS,
 )
-from zo_kernels.reference.sample import sample
+from zo_kernels.reference.noise import sample
 
 
 def bit_length(v: Tensor) -> Tensor:

@@ -8,17 +8,17 @@ Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from zo_kernels._layout import groups_per_row
+from zo_kernels.layout import PURPOSES, SAMPLE_DTYPES, groups_per_row, rows_cols, to_shape
 
 MASK = 0xFFFFFFFF
 ROUND_A, ROUND_B = 0xD2511F53, 0xCD9E8D57
 WEYL_A, WEYL_B = 0x9E3779B9, 0xBB67AE85
-PURPOSES = {"noise": 0, "rounding": 1, "dropout": 2, "data": 3}
 
 
 def _mul_hi_lo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,4 +110,59 @@ def noise_rows(
     return rearrange(z, "(rows group) ... -> rows (group ...)", rows=rows)[:, :cols]
 
 
-__all__ = ["PURPOSES", "noise_rows", "normals", "philox", "sparse_int8", "uniforms"]
+def sample_rows(
+    shape: Sequence[int],
+    key: Tensor,
+    *,
+    tensor: int,
+    query: int = 0,
+    noise: str = "normal",
+    purpose: str = "noise",
+    first_row: int = 0,
+) -> Tensor:
+    """Noise of a slice of rows, `first_row` being the number of the first."""
+    seed, step = key.tolist()
+    rows, cols = rows_cols(shape)
+    at = {"seed": seed, "step": step, "tensor": tensor, "query": query, "first_row": first_row}
+    z = noise_rows(noise, rows, cols, **at, purpose=purpose, device=key.device)
+    return to_shape(z.to(SAMPLE_DTYPES[noise]), shape)
+
+
+def sample(
+    shape: Sequence[int],
+    key: Tensor,
+    *,
+    tensor: int,
+    query: int = 0,
+    noise: str = "normal",
+    purpose: str = "noise",
+    p_zero: float = 0.0,
+    r_max: int = 1,
+) -> Tensor:
+    seed, step = key.tolist()
+    rows, cols = rows_cols(shape)
+    z = noise_rows(
+        noise,
+        rows,
+        cols,
+        seed=seed,
+        step=step,
+        tensor=tensor,
+        query=query,
+        purpose=purpose,
+        p_zero=p_zero,
+        r_max=r_max,
+        device=key.device,
+    )
+    return to_shape(z.to(SAMPLE_DTYPES[noise]), shape).contiguous()
+
+
+__all__ = [
+    "noise_rows",
+    "normals",
+    "philox",
+    "sample",
+    "sample_rows",
+    "sparse_int8",
+    "uniforms",
+]

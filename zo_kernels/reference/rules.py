@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from zo_kernels._lib import WEIGHT_DTYPES, check_in_place, check_tensor
-from zo_kernels.reference.perturbed_weights import compute_dtype
+from zo_kernels.reference.weights import compute_dtype
+from zo_kernels.registry import WEIGHT_DTYPES, check_in_place, check_tensor
 from zo_kernels.rules import check_rule
 
 

@@ -8,9 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from zo_kernels.reference.perturbed_weights import compute_dtype, write_halves
-from zo_kernels.reference.sample import sample_rows
+from zo_kernels.reference.noise import sample_rows
 from zo_kernels.reference.update import Sample, update_one_
+from zo_kernels.reference.weights import compute_dtype, write_halves
 
 
 def stage_one(

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from zo_kernels.reference.perturbed_weights import compute_dtype
+from zo_kernels.reference.noise import sample
 from zo_kernels.reference.rules import apply_rule_
-from zo_kernels.reference.sample import sample
+from zo_kernels.reference.weights import compute_dtype
 
 Sample = Callable[..., Tensor]
 

@@ -192,8 +192,8 @@ def test_costs(source: str, request: pytest.FixtureRequest) -> None:
 
 
 def test_costs_of_noise_in_a_product_are_as_stated() -> None:
-    """zo_kernels/paired_linear.py: bf16, 54-66 instructions of the loop a normal, 19-34 a sign."""
-    text = (ROOT / "zo_kernels" / "paired_linear.py").read_text()
+    """zo_kernels/ops/linear.py: bf16, 54-66 instructions of the loop a normal, 19-34 a sign."""
+    text = (ROOT / "zo_kernels" / "ops" / "linear.py").read_text()
     for noise, words in (("normal", "for a normal"), ("rademacher", "for a sign")):
         stated = re.search(rf"(\d+)-(\d+)[^-]*?{words}", " ".join(text.split()))
         assert stated is not None

@@ -143,7 +143,7 @@ kernel:
 # ---- hashes
 
 KERNEL = '''
-from zo_kernels._triton import jit, tl
+from zo_kernels.triton.shim import jit, tl
 
 FIELDS = tl.constexpr(12)
 

@@ -1,0 +1,11 @@
+"""CPU twin of `zo_kernels.paired_cross_entropy`: the reference, whose torch kernels suffice here.
+
+Logits of a batch are few beside the products that make them.
+"""
+
+from zo_kernels.reference.cross_entropy import (
+    paired_cross_entropy,
+    paired_cross_entropy_backward,
+)
+
+__all__ = ["paired_cross_entropy", "paired_cross_entropy_backward"]
