@@ -1,10 +1,11 @@
 """ElasticZO: zeroth-order training of a network's head, backpropagation for its tail."""
 
 from elasticzo.capture import CapturedStep, capture_step
+from elasticzo.estimator import Estimator, low_rank, one_sided, spsa
+from elasticzo.forward.trees import unbatched
 from elasticzo.losses import pair_losses
-from elasticzo.optimizer import ZOSGD
+from elasticzo.optim import ZOSGD, ZOAdam, ZOSign
 from elasticzo.trajectory import TrajectoryLog, read_trajectory, replay
-from elasticzo.trees import unbatched
 from elasticzo.wrapper import ElasticZO
 
 __version__ = "0.1.0"
@@ -13,10 +14,16 @@ __all__ = [
     "ZOSGD",
     "CapturedStep",
     "ElasticZO",
+    "Estimator",
     "TrajectoryLog",
+    "ZOAdam",
+    "ZOSign",
     "capture_step",
+    "low_rank",
+    "one_sided",
     "pair_losses",
     "read_trajectory",
     "replay",
+    "spsa",
     "unbatched",
 ]

@@ -9,15 +9,17 @@ learning-rate schedule goes on working.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from elasticzo.buffers import all_buffers, generator_state
 from elasticzo.losses import pair_losses
-from elasticzo.optimizer import ZOSGD
-from elasticzo.state import all_buffers, generator_state
+from elasticzo.optim import HeadOptimizer
+from elasticzo.wrapper import ElasticZO
 from zo_kernels.triton.table import Table, hold_tables
 
 # Entries of a parameter group that no step reads: what schedulers note there.
@@ -34,7 +36,7 @@ class CapturedStep:
 
     def __init__(
         self,
-        zo: ZOSGD,
+        zo: HeadOptimizer,
         loss: Callable[..., Tensor],
         inputs: tuple[Any, ...],
         targets: tuple[Any, ...],
@@ -42,22 +44,23 @@ class CapturedStep:
         source: str,
         warmup: int,
     ) -> None:
+        assert isinstance(zo.model, ElasticZO)
         self.zo, self.model, self.tail = zo, zo.model, tail
         self.loss, self.source = loss, source
         _refuse(zo, tail)
-        device = self.model._key.device
+        device = self.model.session.device
         self._inputs = pytree.tree_map_only(Tensor, torch.clone, inputs)
         self._targets = pytree.tree_map_only(Tensor, torch.clone, targets)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._tables: list[Table] = []
-        log, zo._log = zo._log, None  # rehearsals are no steps
+        log, zo.log = zo.log, None  # rehearsals are no steps
         try:
             with _put_back(zo, tail):
                 self._rehearse(device, warmup)
             if device.type == "cuda":
                 self._capture()
         finally:
-            zo._log = log
+            zo.log = log
         self._fixed = _fixed(zo, tail)
 
     @property
@@ -107,7 +110,7 @@ class CapturedStep:
                 for _ in range(max(warmup, 1)):
                     self.losses = self._step()
             torch.cuda.current_stream(device).wait_stream(side)
-        if self.model._mixes_generator or not torch.equal(before, generator_state(device)):
+        if self.model.engine.mixes_generator or not torch.equal(before, generator_state(device)):
             names = ", ".join(_drawing_modules(self.model.module, self._inputs)) or "the model"
             raise RuntimeError(
                 f"a captured step would repeat the same random numbers: {names} draws from torch's "
@@ -122,19 +125,19 @@ class CapturedStep:
 
     def _note(self) -> None:
         """What an eager step does on the host besides."""
-        model, zo = self.model, self.zo
-        model._stepped = True
-        if model._deferred is not None:
-            model._deferred.mark()
+        session, zo = self.model.session, self.zo
+        session.stepped = True
+        if session.pending is not None:
+            session.pending.mark()
         for optimizer in (zo, self.tail):
             if optimizer is not None:
                 optimizer._opt_called = True  # type: ignore[attr-defined]
-        if zo._log is not None:
-            zo._log.record(model._key[1] - 1, model._last_found, *zo._rates(), self.losses)
+        if zo.log is not None:
+            zo.log.record(zo.entry(session.key[1] - 1, session.last_found, self.losses))
 
 
 def capture_step(
-    zo: ZOSGD,
+    zo: HeadOptimizer,
     loss: Callable[..., Tensor],
     inputs: Any,
     targets: Any,
@@ -192,9 +195,9 @@ def _fill(static: tuple[Any, ...], given: tuple[Any, ...], what: str) -> None:
             to.copy_(t, non_blocking=True)
 
 
-def _refuse(zo: ZOSGD, tail: torch.optim.Optimizer | None) -> None:
+def _refuse(zo: HeadOptimizer, tail: torch.optim.Optimizer | None) -> None:
     """What a captured step cannot do."""
-    device = zo.model._key.device
+    device = zo.model.session.device
     if tail is None and zo.model.cut.tail_parameters:
         raise ValueError(
             "the model has a tail: give its optimiser, capture_step(..., tail=model.tail_optimizer("
@@ -209,7 +212,7 @@ def _refuse(zo: ZOSGD, tail: torch.optim.Optimizer | None) -> None:
                     f"lr of group {i} of {who} must be a 0-d tensor on {device}, so that a "
                     f"schedule reaches the captured step; it is {came}"
                 )
-            if who == "tail" and not (group.get("fused") and hasattr(optimizer, "_elasticzo_gate")):
+            if who == "tail" and not (group.get("fused") and hasattr(optimizer, "elasticzo_gate")):
                 raise ValueError(
                     "the tail's optimiser must skip steps on the device: build it by model."
                     "tail_optimizer, of a class that has a fused form (SGD, Adam, AdamW, Adagrad)"
@@ -218,7 +221,7 @@ def _refuse(zo: ZOSGD, tail: torch.optim.Optimizer | None) -> None:
                 group["capturable"] = True
 
 
-def _fixed(zo: ZOSGD, tail: torch.optim.Optimizer | None) -> tuple[Any, ...]:
+def _fixed(zo: HeadOptimizer, tail: torch.optim.Optimizer | None) -> tuple[Any, ...]:
     """What a graph has for good: addresses of all that it reads or writes, and numbers."""
     optimizers = [optimizer for optimizer in (zo, tail) if optimizer is not None]
     settings = tuple(
@@ -228,12 +231,8 @@ def _fixed(zo: ZOSGD, tail: torch.optim.Optimizer | None) -> tuple[Any, ...]:
         for name, value in group.items()
         if name not in NOTES
     )
-    state = tuple(
-        value.data_ptr()
-        for value in pytree.tree_leaves([tail.state[p] for p in tail.state] if tail else [])
-        if isinstance(value, Tensor)
-    )
-    net = zo.model.module
+    state = tuple(value.data_ptr() for value in _states(*optimizers))
+    net = zo.model.get_submodule("module")
     where = tuple(t.data_ptr() for ts in (net.parameters(), net.buffers()) for t in ts)
     modes = tuple(
         (m.training, getattr(m, "p", None), getattr(m, "momentum", None))
@@ -242,41 +241,44 @@ def _fixed(zo: ZOSGD, tail: torch.optim.Optimizer | None) -> tuple[Any, ...]:
     return settings, state, where, modes, zo.clip
 
 
+def _states(*optimizers: torch.optim.Optimizer | None) -> Iterator[Tensor]:
+    """Tensors that optimisers keep for parameters."""
+    for optimizer in optimizers:
+        for state in optimizer.state.values() if optimizer is not None else ():
+            yield from (t for t in state.values() if isinstance(t, Tensor))
+
+
 class _put_back:
     """Weights, buffers, optimisers and noise after the rehearsals as before them."""
 
-    def __init__(self, zo: ZOSGD, tail: torch.optim.Optimizer | None) -> None:
+    def __init__(self, zo: HeadOptimizer, tail: torch.optim.Optimizer | None) -> None:
         self.zo, self.tail = zo, tail
+        self.net, self.session = zo.model.get_submodule("module"), zo.model.session
 
     def _tensors(self) -> Iterator[Tensor]:
-        model = self.zo.model
-        yield from model.module.parameters()
-        yield from (m._buffers[name] for m, name in all_buffers(model.module))  # type: ignore[misc]
-        yield from (model._key, model._found, model._last_found, self.zo._skips)
-        if self.tail is not None:
-            for state in self.tail.state.values():
-                yield from (t for t in state.values() if isinstance(t, Tensor))
+        yield from self.net.parameters()
+        yield from (m._buffers[name] for m, name in all_buffers(self.net))  # type: ignore[misc]
+        yield from _states(self.zo, self.tail)
 
     def __enter__(self) -> None:
-        self.zo.model.flush()
+        self.session.flush()
         self.before = [(t, t.detach().clone()) for t in self._tensors()]
-        self.grads = [(p, p.grad) for p in self.zo.model.module.parameters()]
-        self.stepped = self.zo.model._stepped
+        self.grads = [(p, p.grad) for p in self.net.parameters()]
+        self.session.forget()
+        self.stack = ExitStack()
+        self.stack.enter_context(self.session.untouched())
 
     @torch.no_grad()
     def __exit__(self, *error: Any) -> None:
-        model, known = self.zo.model, {id(t): old for t, old in self.before}
+        session, known = self.session, {id(t): old for t, old in self.before}
         for t in self._tensors():
             # State that an optimiser made during the rehearsals began at zero.
             t.copy_(known[id(t)]) if id(t) in known else t.zero_()
-        if model._deferred is not None:
-            model._deferred.skip.fill_(1.0)  # what waits there was a rehearsal
-            if error[0] is not None or model._key.device.type != "cuda":
-                model._deferred.left = {}
+        if session.pending is not None:
+            session.pending.cancel(to_come=error[0] is None and session.device.type == "cuda")
         for p, grad in self.grads:
             p.grad = grad
-        model._stepped = self.stepped
-        model._micro_batches, model._before, model._gated = 0, None, False
+        self.stack.close()
 
 
 def _drawing_modules(model: nn.Module, inputs: tuple[Any, ...]) -> list[str]:

@@ -7,13 +7,14 @@ the state's bytes, so that a damaged file is noticed wherever the damage is.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from elasticzo.files import write_whole
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
 
@@ -36,16 +37,7 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
     path = Path(path)
     state = _on_cpu(state, "state")
     content = {"format": FORMAT, "version": VERSION, "digest": _digest(state), "state": state}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    write_whole(path, lambda file: torch.save(content, file))
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -120,17 +112,3 @@ def _parts(value: Any) -> Iterator[Any]:
             yield from _parts(item)
     else:
         yield f"{value!r};".encode()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new name itself survive a power cut; not every system can."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)

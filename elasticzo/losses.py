@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from torch.utils import _pytree as pytree
 
 from zo_kernels import paired_cross_entropy, paired_cross_entropy_backward
 
-SOURCES = ("mean", "plus", "minus")
+# The halves of a query: + at even places, - at odd ones.
+SIDES = {"plus": slice(0, None, 2), "minus": slice(1, None, 2)}
 
 
 def pair_losses(
@@ -122,17 +123,20 @@ def check_losses(losses: Any, halves: int) -> None:
         raise TypeError(f"losses must be floating, got {losses.dtype}")
 
 
-def select_source(losses: Tensor, source: str | Tensor) -> Tensor:
-    """The scalar that the tail learns from: of these losses, or one given."""
+def select_source(
+    losses: Tensor, source: str | Tensor, sources: Mapping[str, slice] = SIDES
+) -> Tensor:
+    """The scalar that the tail learns from: "mean", some of these losses by name, or one given."""
     if isinstance(source, Tensor):
         if source.dim() != 0:
             raise ValueError(f"the loss of a clean pass must be a scalar, got {list(source.shape)}")
         return source
-    if source not in SOURCES:
-        raise ValueError(f"source must be one of {SOURCES} or a loss, got {source!r}")
+    if source != "mean" and source not in sources:
+        known = ("mean", *sources)
+        raise ValueError(f"source must be one of {known} or a loss, got {source!r}")
     if source == "mean" or losses.shape[0] == 1:
         return losses.mean()
-    return losses[0::2].mean() if source == "plus" else losses[1::2].mean()
+    return losses[sources[source]].mean()
 
 
 def all_finite(losses: Tensor, source: str | Tensor = "mean") -> Tensor:
@@ -141,10 +145,4 @@ def all_finite(losses: Tensor, source: str | Tensor = "mean") -> Tensor:
     return finite & torch.isfinite(source.detach()).all() if isinstance(source, Tensor) else finite
 
 
-def projected_gradients(losses: Tensor, eps: Tensor) -> Tensor:
-    """`g_q = (L+_q - L-_q) / (2 eps)` in float64: `[2Q]` -> `[Q]`."""
-    wide = losses.detach().to(torch.float64)
-    return (wide[0::2] - wide[1::2]) / (2.0 * eps)
-
-
-__all__ = ["all_finite", "check_losses", "pair_losses", "projected_gradients", "select_source"]
+__all__ = ["SIDES", "all_finite", "check_losses", "pair_losses", "select_source"]

@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from elasticzo.distributed import refuse_wrapped
 from zo_kernels import BACKENDS
 from zo_kernels.registry import MAX_QUERIES, NOISES
+
+WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel")
+SHARDED = ("DTensor", "FlatParameter")
 
 
 def check_integer(name: str, value: Any, low: int, high: int, span: str | None = None) -> None:
@@ -28,10 +30,15 @@ def check_number(name: str, value: Any, expected: str, accepts: Callable[[float]
         raise ValueError(f"{name} must be {expected}, got {value!r}")
 
 
-def check_draws(queries: Any, seed: Any) -> None:
-    """What the noise is drawn for."""
+def check_queries(queries: Any) -> None:
+    """A number of directions."""
     check_integer("queries", queries, 1, MAX_QUERIES - 1, "[1, 2^24)")
-    check_long("seed", seed)
+
+
+def check_noise(noise: Any) -> None:
+    """A kind of noise that weights are perturbed by."""
+    if noise not in NOISES:
+        raise ValueError(f"noise must be one of {NOISES}, got {noise!r}")
 
 
 def check_long(name: str, value: Any) -> None:
@@ -84,9 +91,9 @@ def check_settings(
         raise TypeError(f"model must be an nn.Module in Python, got {type(model).__name__}")
     refuse_wrapped(type(model).__name__, model)
     check_number("eps", eps, "a finite number > 0", lambda v: 0.0 < v < float("inf"))
-    if noise not in NOISES:
-        raise ValueError(f"noise must be one of {NOISES}, got {noise!r}")
-    check_draws(queries, seed)
+    check_noise(noise)
+    check_queries(queries)
+    check_long("seed", seed)
     if pairing not in ("stacked", "sequential"):
         raise ValueError(f"pairing must be 'stacked' or 'sequential', got {pairing!r}")
     if backend not in BACKENDS:
@@ -116,13 +123,36 @@ def check_state_tensors(count: Any) -> None:
         raise ValueError(f"state_tensors must be an integer >= 0, got {count!r}")
 
 
+def refuse_wrapped(kind: str, model: nn.Module | None = None) -> None:
+    """Raise for a model inside a distributed or compiled wrapper."""
+    if model is None or kind in WRAPPERS:
+        raise RuntimeError(
+            f"ElasticZO does not support {kind} yet: run one process a model, or average the "
+            "scalar losses over processes yourself before zo.step"
+        )
+    if kind == "OptimizedModule":
+        raise ValueError("compile the wrapper, not the model: torch.compile(ElasticZO(model, ...))")
+
+
+def refuse_sharded(name: str, p: Tensor) -> None:
+    """Raise for a parameter that was sharded (FSDP) after wrapping."""
+    if type(p).__name__ in SHARDED:
+        raise RuntimeError(
+            f"ElasticZO does not support sharded parameters yet: {name!r} is a {type(p).__name__} "
+            "(FSDP); wrap the unsharded model"
+        )
+
+
 __all__ = [
     "check_budget",
-    "check_draws",
     "check_integer",
     "check_long",
+    "check_noise",
     "check_number",
+    "check_queries",
     "check_saved",
     "check_settings",
     "check_state_tensors",
+    "refuse_sharded",
+    "refuse_wrapped",
 ]

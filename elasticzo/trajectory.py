@@ -7,25 +7,21 @@ the head's parameters bit for bit on the same backend: `z` is made again from th
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from elasticzo.losses import projected_gradients
+from elasticzo.files import write_whole
+from elasticzo.module import ZOModule
+from elasticzo.optim.step import Step
 from elasticzo.settings import check_integer
-from zo_kernels import update_
 
-if TYPE_CHECKING:
-    from elasticzo.optimizer import ZOSGD
-    from elasticzo.wrapper import ElasticZO
-
-FORMAT = "elasticzo-trajectory-1"
+FORMATS = ("elasticzo-trajectory-1", "elasticzo-int8-trajectory-1")
 CAPACITY = 1024
 MAX_CAPACITY = 1 << 24
 
@@ -38,60 +34,51 @@ class TrajectoryLog:
 
     Args:
         path: of the file; made new unless `resume`.
-        zo: the optimiser whose steps are written; `zo.attach(log)` is done here.
+        zo: the optimiser whose steps are written, of floats or integers; `zo.attach(log)` is done
+            here.
         resume: go on behind the record of step `zo.model.step_index - 1`, dropping later ones.
         capacity: steps the ring holds.
     Raises: FileExistsError for a file that is there, ValueError for one of another run.
     """
 
     def __init__(
-        self, path: str | Path, zo: ZOSGD, resume: bool = False, capacity: int = CAPACITY
+        self, path: str | Path, zo: Step, resume: bool = False, capacity: int = CAPACITY
     ) -> None:
-        check_capacity(capacity)
-        self.path = Path(path)
-        model = zo.model
-        self.header = _header(zo)
-        width = 2 + 2 * len(zo.param_groups) + model.halves
-        self._groups = len(zo.param_groups)
-        self._ring = torch.zeros(capacity, width, dtype=torch.float64, device=model._key.device)
-        self._filled = 0
-        self.header = open_log(self.path, self.header, resume, model.step_index)
+        check_integer("capacity", capacity, 1, MAX_CAPACITY, "[1, 2^24]")
+        self.path, model = Path(path), zo.model
+        self._fields = zo.fields()
+        width = sum(n or 1 for n, _ in self._fields.values())
+        device = model.session.device
+        self._ring = torch.zeros(capacity, width, dtype=torch.float64, device=device)
+        self._host: list[dict[str, Any]] = []  # what the host knows, one a filled row
+        header = zo.header() | {"versions": package_versions()}
+        self.header = open_log(self.path, header, resume, model.step_index)
         zo.attach(self)
 
-    def record(
-        self, step: Tensor, skipped: Tensor, rates: Tensor, decays: Tensor, losses: Tensor
-    ) -> None:
+    def record(self, step: Mapping[str, Any]) -> None:
         """Take note of one step; waits for the device only when the ring is full."""
-        if self._filled == self._ring.shape[0]:
+        if len(self._host) == len(self._ring):
             self.drain()
-        row = self._ring[self._filled]
-        row[0], row[1] = step, skipped
-        row[2 : 2 + self._groups] = rates
-        row[2 + self._groups : 2 + 2 * self._groups] = decays
-        row[2 + 2 * self._groups :] = losses
-        self._filled += 1
+        row, at = self._ring[len(self._host)], 0
+        for name, (n, _) in self._fields.items():
+            row[at : at + (n or 1)] = step[name]
+            at += n or 1
+        self._host.append({k: v for k, v in step.items() if not isinstance(v, Tensor)})
 
     def drain(self) -> None:
         """Write the collected steps and flush them to the disk."""
-        if self._filled == 0:
-            return
-        records = []
-        for row in self._ring[: self._filled].tolist():
-            values, groups = row[2:], self._groups
-            record = {
-                "step": int(row[0]),
-                "lr": values[:groups],
-                "weight_decay": values[groups : 2 * groups],
-                "losses": values[2 * groups :],
-                "skipped": int(row[1]),
-            }
-            records.append(record)
-        append_records(self.path, records)
-        self._filled = 0
+        rows = self._ring[: len(self._host)].tolist()
+        records = [self._entry(row) | host for row, host in zip(rows, self._host, strict=True)]
+        if records:
+            append_records(self.path, records)
+        self._host = []
 
-
-def check_capacity(capacity: Any) -> None:
-    check_integer("capacity", capacity, 1, MAX_CAPACITY, "[1, 2^24]")
+    def _entry(self, row: list[float]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, (n, kind) in self._fields.items():
+            values, row = row[: n or 1], row[n or 1 :]
+            found[name] = kind(values[0]) if n is None else [kind(v) for v in values]
+        return found
 
 
 def open_log(path: Path, header: dict[str, Any], resume: bool, step: int) -> dict[str, Any]:
@@ -102,7 +89,7 @@ def open_log(path: Path, header: dict[str, Any], resume: bool, step: int) -> dic
     if not (resume and path.exists()):
         if path.exists():
             raise FileExistsError(f"{path} exists; give another path, or resume=True")
-        _write_whole(path, json.dumps(header) + "\n")
+        write_whole(path, json.dumps(header) + "\n")
         return header
     found, records = read_trajectory(path, header["format"])
     # Where a log began and with which packages is for the reader; the rest makes the run.
@@ -114,7 +101,7 @@ def open_log(path: Path, header: dict[str, Any], resume: bool, step: int) -> dic
     missing = set(range(found["start"], step)) - {r["step"] for r in kept}
     if missing:
         raise ValueError(f"{path} has no record of step {min(missing)}: it cannot go on")
-    _write_whole(path, "".join(json.dumps(r) + "\n" for r in [found, *kept]))
+    write_whole(path, "".join(json.dumps(r) + "\n" for r in [found, *kept]))
     return found
 
 
@@ -132,35 +119,6 @@ def package_versions() -> dict[str, str]:
     return {name: version(name) for name in names if _installed(name)}
 
 
-def _header(zo: ZOSGD) -> dict[str, Any]:
-    """All that a replay depends on; the parameters as `ZOSGD` updates them."""
-    model = zo.model
-    names = {id(p): name for name, p in model.named_head_parameters()}
-    targets = zo._targets()
-    head = [
-        {
-            "name": names[id(p)],
-            "index": targets.tensors[i],
-            "group": targets.groups[i],
-            "scale": targets.scales[i],
-            "still_row": dict(targets.still).get(i),
-        }
-        for i, p in enumerate(targets.params)
-    ]
-    return {
-        "format": FORMAT,
-        "seed": model.seed,
-        "start": model.step_index,
-        "eps": model.eps,
-        "noise": model.noise,
-        "queries": model.queries,
-        "clip": zo.clip,
-        "head": head,
-        "backend": model.backend,
-        "versions": package_versions(),
-    }
-
-
 def _installed(name: str) -> bool:
     try:
         version(name)
@@ -170,20 +128,23 @@ def _installed(name: str) -> bool:
 
 
 def read_trajectory(
-    path: str | Path, log_format: str = FORMAT
+    path: str | Path, log_format: str | None = None
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Header and records of a log; a last line that was cut off by a crash is left out.
 
+    Args:
+        log_format: the one that it must have; None is any.
     Raises: FileNotFoundError, ValueError for a file that is no log.
     """
     path = Path(path)
     lines = path.read_text().splitlines(keepends=True)
+    known = FORMATS if log_format is None else (log_format,)
     try:
         header = json.loads(lines[0])
-        if header["format"] != log_format:
+        if header["format"] not in known:
             raise ValueError
     except (IndexError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a trajectory log ({log_format})") from error
+        raise ValueError(f"{path} is not a trajectory log ({' or '.join(known)})") from error
     return header, list(_records(path, lines[1:]))
 
 
@@ -198,90 +159,36 @@ def _records(path: Path, lines: list[str]) -> Iterator[dict[str, Any]]:
 
 
 @torch.no_grad()
-def replay(path: str | Path, model: ElasticZO, steps: int | None = None) -> int:
-    """Rebuild the head's parameters from the log of a run.
+def replay(path: str | Path, model: ZOModule, steps: int | None = None) -> int:
+    """Rebuild the head's weights from the log of a run.
 
     Args:
         path: the log.
-        model: an `ElasticZO` as the run began with: the same cut, scales and first weights.
+        model: as the run began with: the same cut, scales, estimator and first weights.
         steps: how many records to replay; None is all.
     Returns: the step after the last record.
-    Determinism: bit for bit on the backend that the header names.
+    Determinism: bit for bit, of floats on the backend that the header names, of integers on any.
     Raises: ValueError where the header does not fit the model, or records are missing.
     """
     header, records = read_trajectory(path)
-    _check_fits(header, model)
-    names = dict(model.named_head_parameters())
-    head = header["head"]
-    params = [names[h["name"]] for h in head]
-    device = model._key.device
-    still = [
-        (p[h["still_row"]], p[h["still_row"]].clone())
-        for p, h in zip(params, head, strict=True)
-        if h["still_row"] is not None
-    ]
-    key = torch.tensor([header["seed"], 0], dtype=torch.int64, device=device)
-    eps = torch.tensor(header["eps"], dtype=torch.float64, device=device)
-    expected = header["start"]
+    try:
+        make_again = model.replayer(header)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    expected = int(header["start"])
     for record in records[:steps]:
         if record["step"] != expected:
             raise ValueError(f"{path}: step {expected} is missing, found {record['step']}")
+        model.go_to(int(header["seed"]), expected)
+        make_again(record)
         expected += 1
-        if record["skipped"]:
-            continue
-        key[1] = record["step"]
-        g = projected_gradients(torch.tensor(record["losses"], dtype=torch.float64), eps.cpu())
-        clip = header["clip"] if header["clip"] is not None else math.inf
-        update_(
-            params,
-            key,
-            (g.clamp(-clip, clip) / header["queries"]).to(device),
-            torch.tensor(record["lr"], dtype=torch.float64, device=device),
-            torch.tensor(record["weight_decay"], dtype=torch.float64, device=device),
-            torch.zeros((), dtype=torch.float32, device=device),
-            tensors=[h["index"] for h in head],
-            groups=[h["group"] for h in head],
-            scales=[h["scale"] for h in head],
-            noise=header["noise"],
-            backend=header["backend"],
-        )
-        for row, value in still:
-            row.copy_(value)
-    model._seed = int(header["seed"])
-    model._key.copy_(torch.tensor([model._seed, expected], dtype=torch.int64))
-    return int(expected)
-
-
-def _check_fits(header: dict[str, Any], model: ElasticZO) -> None:
-    names = [name for name, _ in model.named_head_parameters()]
-    logged = [h["name"] for h in header["head"]]
-    missing = [name for name in logged if name not in names]
-    if missing:
-        raise ValueError(f"the log updates {missing[0]!r}, which is not in this model's head")
-    if header["backend"] != model.backend:
-        raise ValueError(
-            f"the log was made on backend {header['backend']!r}, this model runs "
-            f"{model.backend!r}: give backend={header['backend']!r}"
-        )
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    model.go_to(int(header["seed"]), expected)
+    return expected
 
 
 __all__ = [
     "TrajectoryLog",
     "append_records",
-    "check_capacity",
     "open_log",
     "package_versions",
     "read_trajectory",

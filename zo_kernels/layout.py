@@ -17,7 +17,8 @@ from torch import Tensor
 Shape = Sequence[int]
 # Elements of one row that share a Philox call, by kind of noise.
 PER_CALL = {"normal": 4, "bits": 4, "rademacher": 128, "sparse_int8": 8}
-PURPOSES = {"noise": 0, "rounding": 1, "dropout": 2, "data": 3}  # separate streams
+# Separate streams. The factors of a direction of low rank are left and right.
+PURPOSES = {"noise": 0, "rounding": 1, "dropout": 2, "data": 3, "left": 4, "right": 5}
 SAMPLE_DTYPES = {
     "normal": torch.float32,
     "rademacher": torch.float32,

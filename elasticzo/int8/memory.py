@@ -14,8 +14,8 @@ from elasticzo.int8.optimizer import Int8ZO
 from elasticzo.int8.tail import Int8Tail
 from elasticzo.int8.tensor import Int8Tensor
 from elasticzo.int8.wrapper import ElasticZOInt8
-from elasticzo.memory import StepMemory, shadow, values_absent, without_memory
-from elasticzo.tracker import Peak, Tracker, tracked
+from elasticzo.memory.liveness import StepMemory, shadow, values_absent, without_memory
+from elasticzo.memory.tracker import Peak, Tracker, tracked
 
 
 def int8_training_memory(
@@ -30,7 +30,7 @@ def int8_training_memory(
     """
     if not isinstance(model, ElasticZOInt8):
         raise TypeError(f"model must be an ElasticZOInt8, got {type(model).__name__}")
-    device = model._key.device
+    device = model.session.device
     with tracked(device) as (tracker, fake), values_absent():
         twin = shadow(model, fake, device).train()
         twin.forget_forwards()
@@ -64,7 +64,7 @@ def _step(
 
 def int8_inference_memory(model: ElasticZOInt8, inputs: Int8Tensor) -> Peak:
     """Peak bytes of one plain pass in `eval()`."""
-    device = model._key.device
+    device = model.session.device
     with tracked(device) as (tracker, fake), values_absent():
         twin = shadow(model, fake, device).eval()
         twin.forget_forwards()

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from elasticzo.int8.estimator import Sparse
 from elasticzo.int8.settings import check_perturbation, check_signs
-from elasticzo.int8.wrapper import ElasticZOInt8
-from elasticzo.settings import check_draws, check_integer, check_long, check_saved
-from zo_kernels import int8_update_, integer_projected_sign
+from elasticzo.module import ZOModule
+from elasticzo.optim.step import Log, Step
+from elasticzo.settings import check_integer, check_long, check_saved
+from zo_kernels import int8_update_
 from zo_kernels.int8 import ROUNDINGS
 
-if TYPE_CHECKING:
-    from elasticzo.int8.trajectory import Int8TrajectoryLog
-
+FORMAT = "elasticzo-int8-trajectory-1"
 MAX_BITS = 31
 
 
-class Int8ZO:
+class Int8ZO(Step):
     """`w = clip(w - shift(sum_q sign(L+_q - L-_q) z_q))` on the head.
 
     The shift is `max(0, bits(Q r_max) - b_zo)` to the right, a constant while the settings stay.
@@ -31,16 +32,20 @@ class Int8ZO:
     Source: arXiv:2501.04287, abstract (ElasticZO-INT8).
     """
 
-    def __init__(self, model: ElasticZOInt8, b_zo: int, rounding: str = "nearest") -> None:
-        if not isinstance(model, ElasticZOInt8):
+    def __init__(self, model: ZOModule, b_zo: int, rounding: str = "nearest") -> None:
+        if not isinstance(model, ZOModule) or not model.integer:
             raise TypeError(f"model must be an ElasticZOInt8, got {type(model).__name__}")
         if rounding not in ROUNDINGS:
             raise ValueError(f"rounding must be one of {tuple(ROUNDINGS)}, got {rounding!r}")
-        self.model = model
-        self.rounding = rounding
-        self.b_zo = b_zo
-        self.signs = torch.zeros(model.queries, dtype=torch.int32, device=model._key.device)
-        self._log: Int8TrajectoryLog | None = None
+        self.model, self.rounding, self.b_zo = model, rounding, b_zo
+        device = model.session.device
+        self.projected_gradient = torch.zeros(model.queries, dtype=torch.int32, device=device)
+        self.log: Log | None = None
+
+    @property
+    def signs(self) -> Tensor:
+        """`[Q]` int32, of the last step: what a gradient is here."""
+        return self.projected_gradient
 
     @property
     def b_zo(self) -> int:
@@ -51,34 +56,63 @@ class Int8ZO:
         check_integer("b_zo", value, 0, MAX_BITS)
         self._b_zo = value
 
-    def step(self, losses: Tensor) -> None:
-        """Update the head from the losses of the halves, and go on to the next `z`.
-
-        Args:
-            losses: `[2Q]`, int64 or floating; a loss that is not a number counts as no direction.
-        Raises: RuntimeError without a training forward since the last step.
-        """
-        model = self.model
+    def _take(self, losses: Any) -> Tensor:
+        """int64 or floating; a loss that is not a number counts as no direction."""
         if not isinstance(losses, Tensor):
             raise TypeError(f"losses must be a Tensor, got {type(losses).__name__}")
-        if list(losses.shape) != [model.halves]:
-            raise ValueError(f"losses must have shape [{model.halves}], got {list(losses.shape)}")
-        if model._forwards == 0:
-            raise RuntimeError(
-                "zo.step without a training forward since the last step: call model(x) in train() "
-                "first"
-            )
-        if not model.cut.everything:
-            self.signs = _signs(losses.detach(), model.backend)
-            apply_signs(model, model._key, self.signs, self._b_zo, self.rounding)
-        if self._log is not None:
-            self._log.record(model._key[1], self.signs)
-        model._key.add_(model._next)
-        model.forget_forwards()
+        halves = self.model.halves
+        if list(losses.shape) != [halves]:
+            raise ValueError(f"losses must have shape [{halves}], got {list(losses.shape)}")
+        return losses.detach()
 
-    def attach(self, log: Int8TrajectoryLog | None) -> None:
-        """Write every step from now on to a trajectory log (None detaches)."""
-        self._log = log
+    def _update(self, a: Tensor, found: Tensor) -> None:
+        self.update_by(a)
+
+    def update_by(self, signs: Tensor) -> None:
+        """Move the weights by the signs `[Q]`; layers of one perturbation in one launch."""
+        model, direction = self.model, self.model.estimator.direction
+        assert isinstance(direction, Sparse)
+        for p_zero, members in direction.alike(model.head):
+            int8_update_(
+                [w for _, w in members],
+                model.session.key,
+                signs,
+                tensors=[head.index for head, _ in members],
+                p_zero=p_zero,
+                r_max=direction.r_max,
+                b_zo=self._b_zo,
+                rounding=self.rounding,
+                backend=model.backend,
+            )
+
+    # ---- the log
+
+    def header(self) -> dict[str, Any]:
+        model = self.model
+        return {
+            "format": FORMAT,
+            "seed": model.seed,
+            "start": model.step_index,
+            "queries": model.queries,
+            "rounding": self.rounding,
+            "head": [
+                {"name": head.name, "index": head.index, "scale": head.scale}
+                for head, _ in model.head
+            ],
+        }
+
+    def fields(self) -> dict[str, tuple[int | None, type]]:
+        return {"step": (None, int), "signs": (self.model.queries, int)}
+
+    def entry(self, step: Tensor, found: Tensor, losses: Tensor) -> dict[str, Any]:
+        return {"step": step, "signs": self.signs, **self._noise(), "b_zo": self._b_zo}
+
+    def _noise(self) -> dict[str, Any]:
+        direction = self.model.estimator.direction
+        assert isinstance(direction, Sparse)
+        return {"r_max": direction.r_max, "p_zero": direction.p_zero}
+
+    # ---- state
 
     def _settings(self) -> dict[str, Any]:
         """What must be the same when a run goes on."""
@@ -86,9 +120,8 @@ class Int8ZO:
         return {
             "queries": model.queries,
             "rounding": self.rounding,
-            "scale": dict(model._scale),
-            "loss": model.loss,
-            "fraction_bits": model.fraction_bits,
+            "scale": {name: head.scale for name, head in model.head.parameters.items()},
+            **model.fixed(),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -98,8 +131,7 @@ class Int8ZO:
             "seed": model.seed,
             "step": model.step_index,
             "b_zo": self._b_zo,
-            "r_max": model.r_max,
-            "p_zero": model.p_zero,
+            **self._noise(),
             "signs": self.signs.clone(),
             **self._settings(),
         }
@@ -112,46 +144,40 @@ class Int8ZO:
         """
         model = self.model
         check_saved("Int8ZO", state_dict, self.state_dict(), self._settings())
-        check_draws(model.queries, state_dict["seed"])
+        check_long("seed", state_dict["seed"])
         check_long("step", state_dict["step"])
         check_integer("b_zo", state_dict["b_zo"], 0, MAX_BITS)
         check_perturbation(state_dict["r_max"], state_dict["p_zero"])
         check_signs(state_dict["signs"], model.queries)
         model.go_to(state_dict["seed"], state_dict["step"])
-        model.set_noise(state_dict["r_max"], state_dict["p_zero"])
+        model.set_direction(Sparse(state_dict["r_max"], state_dict["p_zero"]))
         self.b_zo = state_dict["b_zo"]
-        self.signs = state_dict["signs"].to(model._key.device)
+        self.projected_gradient = state_dict["signs"].to(model.session.device, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_log": None}  # a copy writes no log
+        return {**self.__dict__, "log": None}  # a copy writes no log
 
 
-def _signs(losses: Tensor, backend: str) -> Tensor:
-    if not losses.is_floating_point():
-        return integer_projected_sign(losses.to(torch.int64), backend=backend)
-    plus, minus = losses[0::2], losses[1::2]
-    return (plus > minus).to(torch.int32) - (plus < minus).to(torch.int32)
+def replayer(model: ZOModule, header: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], None]:
+    """What makes a step of a log again, from its record.
+
+    Raises: ValueError where the log is not of this model.
+    """
+    if header["format"] != FORMAT:
+        raise ValueError(f"expected a log of format {FORMAT}, got {header['format']!r}")
+    zo = Int8ZO(model, b_zo=0, rounding=header["rounding"])
+    head = zo.header()["head"]
+    if header["head"] != head:
+        raise ValueError(f"the log is of a head {header['head']}, this model has {head}")
+
+    def make_again(record: Mapping[str, Any]) -> None:
+        model.set_direction(Sparse(int(record["r_max"]), float(record["p_zero"])))
+        zo.b_zo = int(record["b_zo"])
+        signs = torch.tensor(record["signs"], dtype=torch.int32).to(model.session.device)
+        if not model.cut.everything:
+            zo.update_by(signs)
+
+    return make_again
 
 
-def apply_signs(model: ElasticZOInt8, key: Tensor, signs: Tensor, b_zo: int, rounding: str) -> None:
-    """The update of the head; layers of one perturbation in one launch."""
-    groups: dict[float, list[str]] = {}
-    for name, _ in model.named_head_parameters():
-        if model._scale[name]:
-            groups.setdefault(model.noise_of(name).p_zero, []).append(name)
-    for p_zero, names in groups.items():
-        layers = [model._layer(name) for name in names]
-        int8_update_(
-            [layer.weight for layer in layers],
-            key,
-            signs,
-            tensors=[layer.tensor for layer in layers],
-            p_zero=p_zero,
-            r_max=model.r_max,
-            b_zo=b_zo,
-            rounding=rounding,
-            backend=model.backend,
-        )
-
-
-__all__ = ["Int8ZO", "apply_signs"]
+__all__ = ["FORMAT", "Int8ZO", "replayer"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from elasticzo.cut import Cut
 from elasticzo.int8.tensor import LIMIT, MAX_EXPONENT, MIN_EXPONENT
-from elasticzo.settings import check_draws, check_integer, check_number
+from elasticzo.settings import check_integer, check_long, check_number, check_queries
 from zo_kernels import BACKENDS
 from zo_kernels.int8 import MAX_FRACTION_BITS
 
@@ -27,24 +26,11 @@ def check_order(names: list[str], head: list[str], tail: list[str]) -> None:
         )
 
 
-def resolve_scale(head: list[str], scale: Mapping[str, float] | None) -> dict[str, float]:
-    found = dict.fromkeys(head, 1.0)
-    for pattern, s in (scale or {}).items():
-        matched = fnmatch.filter(head, pattern)
-        if not matched:
-            names = ", ".join(head) or "none"
-            raise ValueError(f"scale must match weights of the head ({names}), got {pattern!r}")
-        check_number(
-            f"scale of {pattern!r}", s, "a number in [0, inf)", lambda v: 0.0 <= v < float("inf")
-        )
-        found |= dict.fromkeys(matched, float(s))
-    return found
-
-
 def check_settings(
     queries: Any, seed: Any, fraction_bits: Any, loss: Any, backend: Any, pairing: Any
 ) -> None:
-    check_draws(queries, seed)
+    check_queries(queries)
+    check_long("seed", seed)
     check_integer("fraction_bits", fraction_bits, 0, MAX_FRACTION_BITS)
     for name, value, known in (
         ("loss", loss, LOSSES),
@@ -106,5 +92,4 @@ __all__ = [
     "check_signs",
     "check_state",
     "check_tail",
-    "resolve_scale",
 ]

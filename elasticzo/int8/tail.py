@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+from torch import Tensor
+
+from elasticzo.head import Head
+from elasticzo.session import Session
 from elasticzo.settings import check_integer, check_saved
 from zo_kernels import int8_gradient_update_
 from zo_kernels.int8 import ROUNDINGS
 
-if TYPE_CHECKING:
-    from elasticzo.int8.wrapper import ElasticZOInt8
-
 MIN_BITS, MAX_BITS = -8, 7
+
+
+class Trained(Protocol):
+    """What the update reads of an `ElasticZOInt8`: the weights of its tail, and their gradients."""
+
+    session: Session
+    trained: Head
+
+    @property
+    def backend(self) -> str: ...
+
+    @property
+    def gradients(self) -> dict[str, Tensor]: ...
 
 
 class Int8Tail:
@@ -25,7 +39,7 @@ class Int8Tail:
     Source: NITI (arXiv:2009.13108).
     """
 
-    def __init__(self, model: ElasticZOInt8, b_bp: int, rounding: str = "pseudo") -> None:
+    def __init__(self, model: Trained, b_bp: int, rounding: str = "pseudo") -> None:
         if rounding not in ROUNDINGS:
             raise ValueError(f"rounding must be one of {tuple(ROUNDINGS)}, got {rounding!r}")
         self.model = model
@@ -47,8 +61,8 @@ class Int8Tail:
         Raises: RuntimeError where there was no backward since the last step.
         """
         model = self.model
-        for name, w in model.named_tail_parameters():
-            gradient = model.gradients.pop(name, None)
+        for head, w in model.trained:
+            gradient = model.gradients.pop(head.name, None)
             if gradient is None:
                 raise RuntimeError(
                     "bp.step without model.backward since the last step (zo.step ends a step: it "
@@ -59,8 +73,8 @@ class Int8Tail:
                 gradient,
                 b_bp=self._b_bp,
                 rounding=self.rounding,
-                key=model._key,
-                tensor=model._layer(name).tensor,
+                key=model.session.key,
+                tensor=head.index,
                 backend=model.backend,
             )
 

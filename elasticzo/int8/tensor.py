@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elasticzo.buffers import has_values
 from elasticzo.settings import check_integer
-from elasticzo.state import has_values
 
 LIMIT = 127
 # Of weights and inputs. Exponents of activations are sums of them and of shifts: far within int32.

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from elasticzo.cut import Tail, resolve_cut
+from elasticzo.head import Head, HeadParameter, Slot, resolve_scale
 from elasticzo.int8.backward import aligned_sum, half_gradients
+from elasticzo.int8.estimator import Sparse, signs
 from elasticzo.int8.network import Int8Network
+from elasticzo.int8.optimizer import replayer
 from elasticzo.int8.passes import Forward, Noise, Tape
 from elasticzo.int8.settings import (
     check_order,
@@ -18,17 +21,18 @@ from elasticzo.int8.settings import (
     check_settings,
     check_state,
     check_tail,
-    resolve_scale,
 )
 from elasticzo.int8.tail import Int8Tail
 from elasticzo.int8.tensor import Int8Tensor, check_input
-from zo_kernels import integer_cross_entropy, integer_softmax_error, resolve_backend
+from elasticzo.module import ZOModule
+from elasticzo.session import Session
+from zo_kernels import integer_cross_entropy, integer_softmax_error
 from zo_kernels.int8 import check_logits, check_target
 
 SOURCES = ("plus", "minus", "mean")
 
 
-class ElasticZOInt8(nn.Module):
+class ElasticZOInt8(ZOModule):
     """Train the first layers by zeroth-order optimisation and the last by backpropagation, in
     integers.
 
@@ -57,6 +61,8 @@ class ElasticZOInt8(nn.Module):
     Source: arXiv:2501.04287, abstract (ElasticZO-INT8); NITI (arXiv:2009.13108).
     """
 
+    integer = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -78,39 +84,45 @@ class ElasticZOInt8(nn.Module):
         self.network = Int8Network(model, drop_biases)
         self.cut = resolve_cut(model, tail)
         check_tail(self.cut, self.network.layers)
-        self.queries, self.fraction_bits, self.loss = queries, fraction_bits, loss
-        self.pairing = pairing
+        self.estimator = signs(r_max, p_zero, queries, backend)
+        self.fraction_bits, self.loss, self.pairing = fraction_bits, loss, pairing
         names = [f"{name}.weight" if name else "weight" for name in self.network.layers]
         self._of = dict(zip(names, self.network.layers, strict=True))
-        self._head = [name for name in names if name in self.cut.head_parameters]
-        self._tail = [name for name in names if name in self.cut.tail_parameters]
-        check_order(names, self._head, self._tail)
-        self._scale = resolve_scale(self._head, scale)
-        self._wanted_backend = backend
-        self._backend = backend  # resolved by `_to`
-        self._key = torch.tensor([seed, 0], dtype=torch.int64)
-        self._next = torch.tensor([0, 1], dtype=torch.int64)
-        self._zero = torch.zeros((), dtype=torch.int32)
-        self._seed = seed
-        self._forwards = 0  # since the last step
+        head = [name for name in names if name in self.cut.head_parameters]
+        tail = [name for name in names if name in self.cut.tail_parameters]
+        check_order(names, head, tail)
+        self.head = self._weights(resolve_scale(head, scale))
+        self.trained = self._weights(dict.fromkeys(tail, 1.0))
+        self.wanted_backend = backend
+        self.session = Session(seed, 0.0, torch.device("cpu"))
         self._tapes: list[Tape] = []
         self._output: Tensor | None = None  # logits that the tapes belong to
         self._gradients: dict[str, Tensor] = {}
-        self._r_max, self._p_zero = r_max, p_zero
         # The layers are children under their own names, so states are those of any module, also of
         # one around this. An attribute goes before a child of its name: layers may have any.
         self._modules = self.network.tree._modules
         self.to(next(model.parameters()).device)
 
+    def _weights(self, scales: Mapping[str, float]) -> Head:
+        """Weights by name, each with its scale."""
+        layers = {name: self.network.layers[self._of[name]] for name in scales}
+        found = [HeadParameter(name, layers[name].tensor, s) for name, s in scales.items()]
+        return Head(found, {name: Slot(name, layer, "weight") for name, layer in layers.items()})
+
     # ---- what it is
 
     @property
+    def direction(self) -> Sparse:
+        assert isinstance(self.estimator.direction, Sparse)
+        return self.estimator.direction
+
+    @property
     def r_max(self) -> int:
-        return self._r_max
+        return self.direction.r_max
 
     @property
     def p_zero(self) -> float:
-        return self._p_zero
+        return self.direction.p_zero
 
     def set_noise(self, r_max: int | None = None, p_zero: float | None = None) -> None:
         """Change the perturbation between two steps: schedules do it.
@@ -118,26 +130,14 @@ class ElasticZOInt8(nn.Module):
         Raises: RuntimeError between a forward and its step, which must see the same `z`;
             ValueError for values out of range.
         """
-        r_max = self._r_max if r_max is None else r_max
-        p_zero = self._p_zero if p_zero is None else p_zero
+        r_max = self.r_max if r_max is None else r_max
+        p_zero = self.p_zero if p_zero is None else p_zero
         check_perturbation(r_max, p_zero)
-        if (r_max, p_zero) == (self._r_max, self._p_zero):
-            return
-        if self._forwards:
-            raise RuntimeError(
-                "r_max and p_zero cannot change between a forward and its step: the update would "
-                "use another z"
-            )
-        self._r_max, self._p_zero = r_max, p_zero
+        if (r_max, p_zero) != (self.r_max, self.p_zero):
+            self.set_direction(Sparse(r_max, p_zero))
 
-    def noise_of(self, name: str) -> Noise:
-        """The perturbation of a head parameter, its scale included."""
-        density = (1.0 - self._p_zero) * self._scale[name]
-        return Noise(max(0.0, 1.0 - density), self._r_max)
-
-    @property
-    def seed(self) -> int:
-        return self._seed
+    def fixed(self) -> dict[str, Any]:
+        return {"loss": self.loss, "fraction_bits": self.fraction_bits}
 
     @property
     def gradients(self) -> dict[str, Tensor]:
@@ -145,40 +145,12 @@ class ElasticZOInt8(nn.Module):
         return self._gradients
 
     @property
-    def halves(self) -> int:
-        """Halves of a training forward: 2Q, or 1 where all is tail."""
-        return 1 if self.cut.everything else 2 * self.queries
-
-    @property
-    def backend(self) -> str:
-        """The backend that runs on the device of the weights."""
-        return self._backend
-
-    @property
     def effective_pairing(self) -> str:
         return self.pairing
 
-    @property
-    def step_index(self) -> int:
-        """Steps done. Reads the device."""
-        return int(self._key[1])
-
-    def named_head_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """int8 weights that zeroth-order optimisation trains."""
-        return ((name, self._layer(name).weight) for name in self._head)
-
-    def head_parameters(self) -> Iterator[Tensor]:
-        return (w for _, w in self.named_head_parameters())
-
     def named_tail_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """int8 weights that backpropagation trains."""
-        return ((name, self._layer(name).weight) for name in self._tail)
-
-    def tail_parameters(self) -> Iterator[Tensor]:
-        return (w for _, w in self.named_tail_parameters())
-
-    def _layer(self, name: str) -> Any:
-        return self.network.layers[self._of[name]]
+        return self.trained.named()
 
     def extra_repr(self) -> str:
         head = sum(w.numel() for w in self.head_parameters())
@@ -193,29 +165,33 @@ class ElasticZOInt8(nn.Module):
 
     def forward(self, x: Int8Tensor) -> Int8Tensor:
         """`train()`: `[2Q, B, C]` with exponents `[2Q]`; `eval()`: `[B, C]` and `[]`."""
-        check_input(x, self._key.device)
+        check_input(x, self.session.device)
         if not self.training:
-            out = Forward(self.network, None, 0, 1, {}, frozenset(), self._backend).run(x)
+            out = Forward(self.network, None, 0, 1, {}, frozenset(), self.backend).run(x)
             return Int8Tensor(out.q, out.exponent.reshape(()))
-        noise = {self._of[name]: self.noise_of(name) for name in self._head if self._scale[name]}
-        key = None if self.cut.everything else self._key
+        noise = {
+            self._of[head.name]: Noise(self.direction.zeros(head), self.r_max)
+            for head in self.head.parameters.values()
+            if head.scale
+        }
+        key = None if self.cut.everything else self.session.key
         keep = frozenset(block.name for block in self._tail_blocks())
         step = 1 if self.pairing == "sequential" else self.halves
         outputs, self._tapes = [], []
         for start in range(0, self.halves, step):
-            run = Forward(self.network, key, start, start + step, noise, keep, self._backend)
+            run = Forward(self.network, key, start, start + step, noise, keep, self.backend)
             outputs.append(run.run(x))
             self._tapes.append(run.tape)
         q = torch.cat([out.q for out in outputs]) if len(outputs) > 1 else outputs[0].q
         exponent = torch.cat([out.exponent for out in outputs])
         self._output = q.view(self.halves, -1, *q.shape[1:])
-        self._forwards += 1
+        self.session.note_forward()
         return Int8Tensor(self._output, exponent)
 
     def _tail_blocks(self) -> list[Any]:
         """Blocks from the first one that backpropagation trains on."""
         blocks = self.network.blocks
-        trained = {self._of[name] for name in self._tail}
+        trained = {self._of[name] for name in self.trained.parameters}
         places = [i for i, block in enumerate(blocks) if block.name in trained]
         return blocks[places[0] :] if places else []
 
@@ -257,38 +233,41 @@ class ElasticZOInt8(nn.Module):
             logits.exponent,
             y,
             fraction_bits=self.fraction_bits,
-            key=self._key,
+            key=self.session.key,
             tensor=len(self.network.blocks),
-            backend=self._backend,
+            backend=self.backend,
         )
         first, stride = {"plus": (0, 2), "minus": (1, 2), "mean": (0, 1)}[source]
-        trained = frozenset(self._of[name] for name in self._tail)
+        trained = frozenset(self._of[name] for name in self.trained.parameters)
         parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for half in range(first if self.halves > 1 else 0, self.halves, stride):
             tape = next(t for t in reversed(self._tapes) if t.first <= half)
             place = half - tape.first if tape.count > 1 else 0
             own = Int8Tensor(error[half], exponent[half])
-            found = half_gradients(
-                blocks, tape.kept, trained, own, place, tape.count, self._backend
-            )
+            found = half_gradients(blocks, tape.kept, trained, own, place, tape.count, self.backend)
             for name, sums in found.items():
                 parts.setdefault(name, []).extend(sums)
-        for name in self._tail:
+        for name in self.trained.parameters:
             self.gradients[name] = aligned_sum(parts[self._of[name]])
 
     def tail_optimizer(self, b_bp: int, rounding: str = "pseudo") -> Int8Tail:
         """The tail's update, `w = clip(w - R(G, bits(G) - b_bp))`."""
         return Int8Tail(self, b_bp, rounding)
 
-    def go_to(self, seed: int, step: int) -> None:
-        """Take the noise of another place: a checkpoint's, or a log's end."""
-        self._seed = seed
-        self._key.copy_(torch.tensor([seed, step], dtype=torch.int64))
-        self.forget_forwards()
+    def replayer(self, header: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], None]:
+        return replayer(self, header)
 
     def forget_forwards(self) -> None:
         """What was kept of a forward is not needed any more, or belongs to other weights."""
-        self._forwards, self._tapes, self._output, self._gradients = 0, [], None, {}
+        super().forget_forwards()
+        self._drop()
+
+    def end_step(self, found: Tensor) -> None:
+        super().end_step(found)
+        self._drop()
+
+    def _drop(self) -> None:
+        self._tapes, self._output, self._gradients = [], None, {}
 
     # ---- nn.Module
 
@@ -300,15 +279,8 @@ class ElasticZOInt8(nn.Module):
         self.forget_forwards()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> ElasticZOInt8:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._to(fn(self._key).device)
-        return self
-
-    def _to(self, device: torch.device) -> None:
-        for name in ("_key", "_next", "_zero"):
-            setattr(self, name, getattr(self, name).to(device))
-        self._backend = resolve_backend(self._wanted_backend, device)
+    def moved(self, device: torch.device) -> None:
+        super().moved(device)
         self.forget_forwards()
 
 

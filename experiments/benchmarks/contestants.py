@@ -16,7 +16,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from elasticzo import ZOSGD, ElasticZO, capture_step, pair_losses
-from elasticzo.precision import precision_of
+from elasticzo.forward.precision import precision_of
 from experiments.benchmarks.models import MeZOLoop, Subject, products, weight_scale
 from experiments.benchmarks.section import BOUNDS, Bench, Refused, Row, require
 from experiments.timing import Contestant, Graphed

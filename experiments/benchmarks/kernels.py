@@ -15,7 +15,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from elasticzo.precision import vendor_precision
+from elasticzo.forward.precision import vendor_precision
 from experiments.benchmarks.cases import Case
 from experiments.benchmarks.kernel_cases import all_cases
 from experiments.benchmarks.section import Bench, Refused, Row, require, usable

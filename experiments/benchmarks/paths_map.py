@@ -17,8 +17,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import zo_kernels as zk
-from elasticzo import layers
-from elasticzo.precision import vendor_precision
+from elasticzo.forward.layers import staged
+from elasticzo.forward.precision import vendor_precision
 from experiments.benchmarks.cases import NOISES, Case, Shared
 from experiments.benchmarks.product_cases import Product, convolution, linear
 from experiments.benchmarks.section import COMPILED_ROWS, Bench, Row, usable
@@ -62,15 +62,15 @@ class Cell:
         """The other path on the same inputs."""
         if self.layer == "linear":
             module: Any = nn.Linear(self.width, self.width, device="meta")
-            product = layers.linear
+            product = staged.linear
         else:
             module = nn.Conv2d(self.width, self.width, 3, padding=1, device="meta")
-            product = layers.conv
+            product = staged.conv
         settings: dict[str, Any] = {"noise": self.noise, "backend": s.backend}
 
         def run(given: Product) -> Tensor:
             x, w, b = given
-            halves: layers.Staged = {
+            halves: staged.Staged = {
                 name: zk.perturbed_weights(t, s.key, s.eps, tensor=i, **settings)
                 for name, i, t in (("weight", 1, w), ("bias", 2, b))
             }

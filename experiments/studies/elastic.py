@@ -17,8 +17,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from elasticzo.budget import cuts
 from elasticzo.memory import inference_memory, training_memory
+from elasticzo.memory.budget import cuts
 from experiments.commands import RESULTS, plain_console, run_command, tracked
 from experiments.files import write_json
 from experiments.studies.study import in_own_folder, made_by, run_all, shared, without_places

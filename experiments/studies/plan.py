@@ -18,11 +18,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from elasticzo.budget import Candidate, cuts, price
+from elasticzo import ElasticZO
 from elasticzo.cut import resolve_cut
 from elasticzo.int8 import ElasticZOInt8, quantize
 from elasticzo.int8.memory import int8_inference_memory, int8_training_memory
 from elasticzo.memory import inference_memory
+from elasticzo.memory.budget import Candidate, cuts, price
 from experiments.commands import plain_console, run_command, tracked
 from experiments.studies.networks import INT8_NETWORKS, NETWORKS, STATE_TENSORS
 from experiments.studies.static_memory import sizes, static_bytes
@@ -125,7 +126,9 @@ def _price(
 ) -> Candidate:
     if config.precision == "fp32":
         how = {"pairing": config.pairing, "queries": config.queries}
-        return price(net, cut, tail, example, STATE_TENSORS[config.tail_optimizer], how=how)
+        return price(
+            ElasticZO, net, cut, tail, example, STATE_TENSORS[config.tail_optimizer], how=how
+        )
     model = ElasticZOInt8(net, tail, queries=config.queries, pairing=config.pairing)
     memory = int8_training_memory(model, quantize(example), "mean")  # the recipes' source
     return Candidate(cut, tail, sum(w.numel() for w in model.tail_parameters()), memory)

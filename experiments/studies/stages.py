@@ -34,8 +34,8 @@ CALLS = (
 )
 FLOAT_CALLS = (
     ("experiments.train.learner", "pair_losses", "loss"),
-    ("elasticzo.passes", "perturbed_weights", "noise"),
-    ("elasticzo.passes", "stage_", "noise"),
+    ("elasticzo.directions", "perturbed_weights", "noise"),
+    ("elasticzo.forward.staging", "stage_", "noise"),
 )
 INT8_CALLS = (("model", "losses", "loss"),)
 # The function of the int8 products on the CPU that makes `clip(w +- z)`: the first that is there

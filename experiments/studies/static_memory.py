@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from elasticzo.cut import COUNTED, Tail, resolve_cut
-from elasticzo.memory import shadow, without_memory
-from elasticzo.tracker import tracked
+from elasticzo.memory.liveness import shadow, without_memory
+from elasticzo.memory.tracker import tracked
 
 aten = torch.ops.aten
 WRITES = frozenset({

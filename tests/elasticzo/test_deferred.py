@@ -63,7 +63,7 @@ def batch(net: str, i: int) -> tuple[Tensor, Tensor]:
 
 def step(parts: tuple[ElasticZO, ZOSGD, Any], net: str, i: int) -> Tensor:
     model, zo, sgd = parts
-    x, y = (t.to(model._key.device) for t in batch(net, i))
+    x, y = (t.to(model.session.key.device) for t in batch(net, i))
     losses = pair_losses(F.cross_entropy, model(x), y)
     model.backward(losses)
     sgd.step()
@@ -91,9 +91,9 @@ def test_equals_the_plain_update(net: str, backend: str, pairing: str) -> None:
     for i in range(4):
         plain, deferred = (step(run, net, i) for run in runs)
         assert torch.equal(plain, deferred)
-    assert runs[1][0]._deferred is not None and runs[1][0]._deferred.left
+    assert runs[1][0].session.pending is not None and runs[1][0].session.pending.left
     assert same_state(runs[0][0], runs[1][0])
-    assert not runs[1][0]._deferred.left
+    assert not runs[1][0].session.pending.left
 
 
 def test_fused_layers_take_it_before_they_are_read() -> None:

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elasticzo import ZOSGD, ElasticZO, pair_losses, unbatched
-from elasticzo.budget import cuts, price
 from elasticzo.int8 import ElasticZOInt8, Int8Tensor
 from elasticzo.int8.memory import int8_inference_memory, int8_training_memory
 from elasticzo.memory import inference_memory, training_memory
+from elasticzo.memory.budget import cuts, price
+from elasticzo.memory.scratch import allocations
+from elasticzo.memory.tracker import tracked
 from elasticzo.models import LeNet5
-from elasticzo.scratch import allocations
-from elasticzo.tracker import tracked
 from tests.elasticzo.zoo import ZOO, build, smooth_loss
 
 CPU = torch.device("cpu")
@@ -293,7 +293,7 @@ def test_auto_picks_what_an_exhaustive_search_picks(pairing: str) -> None:
 
 def test_auto_trains_prints_and_travels() -> None:
     torch.manual_seed(0)
-    one = price(LeNet5(), 4, 1, IMAGES, 2, how={"pairing": "sequential"}).memory
+    one = price(ElasticZO, LeNet5(), 4, 1, IMAGES, 2, how={"pairing": "sequential"}).memory
     assert one is not None
     net = LeNet5()
     net.conv1.bias.requires_grad_(False)  # frozen by the user: neither perturbed nor updated
@@ -320,11 +320,11 @@ def test_auto_keeps_of_scale_and_path_what_the_head_has() -> None:
     given["path"] = {"conv*": "staged", "fc3": "staged"}
     model = ElasticZO(LeNet5(), "auto", memory_budget=10**9, **given)
     assert model.cut.everything
-    less = price(LeNet5(), 4, 1, IMAGES, 2, how={"pairing": "sequential"}).memory
+    less = price(ElasticZO, LeNet5(), 4, 1, IMAGES, 2, how={"pairing": "sequential"}).memory
     assert less is not None
     small = ElasticZO(LeNet5(), "auto", memory_budget=less.peak.bytes, **given)
     assert small.cut.tail == 1
-    scales = {name: head.scale for name, head in small._plan.parameters.items()}
+    scales = {name: head.scale for name, head in small.head.parameters.items()}
     assert scales["conv1.weight"] == 2.0 and scales["fc1.weight"] == 0.1
     with pytest.raises(ValueError, match=r"scale pattern 'x\*' matches nothing of: conv1.weight"):
         ElasticZO(LeNet5(), "auto", memory_budget=1, example_input=IMAGES, scale={"x*": 1.0})
@@ -344,7 +344,7 @@ def test_auto_passes_over_cuts_that_are_not_possible() -> None:
             return self.b(torch.tanh(self.a(torch.tanh(self.c(x)))))
 
     x, how = torch.zeros(512, 32), {"pairing": "sequential"}
-    found = [price(Late(), cut, tail, x, 2, how=how) for cut, tail in cuts(Late())]
+    found = [price(ElasticZO, Late(), cut, tail, x, 2, how=how) for cut, tail in cuts(Late())]
     assert [c.memory is None for c in found] == [False, True, True, False]
     assert "tail must come after the whole head" in found[1].reason
     whole, none = found[0].memory, found[-1].memory

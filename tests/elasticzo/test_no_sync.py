@@ -22,9 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import zo_kernels.ops
 import zo_kernels.triton
 from elasticzo import ZOSGD, ElasticZO, pair_losses
+from elasticzo.buffers import all_buffers
 from elasticzo.models import LeNet5, ResNet20
-from elasticzo.state import all_buffers
-from elasticzo.verify import circumstances
 
 pytest.importorskip("triton")
 META = torch.device("meta")
@@ -65,7 +64,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Launch(name))
     monkeypatch.setattr("elasticzo.losses._loss_backend", lambda device: "triton")
-    monkeypatch.setattr("elasticzo.tail.FUSED_DEVICES", ("meta",))
+    monkeypatch.setattr("elasticzo.optim.tail.FUSED_DEVICES", ("meta",))
     for name in ("sgd", "adam"):
         module = importlib.import_module(f"torch.optim.{name}")
         monkeypatch.setattr(module, "_device_dtype_check_for_fused", lambda *a, **k: None)
@@ -81,8 +80,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 def on_meta(net: nn.Module, **kwargs: Any) -> ElasticZO:
     """Wrapped, and as after its first forward (which may look at values)."""
     model = ElasticZO(net.to(META), backend="triton", **kwargs).train()
-    model._verified = circumstances(model)
-    model._moving = all_buffers(model.module)
+    model.engine.settle(all_buffers(model.module))
     return model
 
 

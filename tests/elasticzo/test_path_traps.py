@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import elasticzo.losses
-import elasticzo.paired
 from elasticzo import ZOSGD, ElasticZO, capture_step, pair_losses
-from elasticzo.precision import precision_of, vendor_precision
+from elasticzo.forward.layers import weights
+from elasticzo.forward.precision import precision_of, vendor_precision
 
 X, Y = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0])
 
@@ -47,7 +47,7 @@ class Tied(nn.Module):
 
 
 def test_a_tied_padding_row_stays_still_on_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(elasticzo.paired, "CHUNK_BYTES", 8)
+    monkeypatch.setattr(weights, "CHUNK_BYTES", 8)
     tokens = torch.tensor([[1, 2], [3, 4]])
     outputs = []
     for path in ("staged", "fused"):
@@ -91,7 +91,7 @@ def step(model: ElasticZO, zo: ZOSGD) -> None:
 
 def test_a_failed_staging_keeps_the_update(monkeypatch: pytest.MonkeyPatch) -> None:
     """Out of memory for the halves: the update waits for the next try."""
-    monkeypatch.setattr("elasticzo.wrapper.SMALL", 0)
+    monkeypatch.setattr("elasticzo.forward.staging.SMALL", 0)
     (plain, a), (failing, b) = deferred(), deferred()
     step(plain, a)
     step(failing, b)
@@ -111,10 +111,10 @@ def test_a_batch_that_fails_between_chunks_loses_no_update(monkeypatch: pytest.M
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("runs in the interpreter")
-    monkeypatch.setattr(elasticzo.paired, "CHUNK_BYTES", 4 * 2 * 8 * 128)
+    monkeypatch.setattr(weights, "CHUNK_BYTES", 4 * 2 * 8 * 128)
     given = {"backend": "triton", "path": "staged"}
     (plain, a), (failing, b) = deferred(**given), deferred(**given)
-    monkeypatch.setattr("elasticzo.wrapper.SMALL", 0)
+    monkeypatch.setattr("elasticzo.forward.staging.SMALL", 0)
     for _ in range(2):
         step(plain, a)
         step(failing, b)
@@ -237,7 +237,7 @@ def test_a_small_weight_written_in_the_forward_is_staged_anew() -> None:
         net[1].register_forward_pre_hook(double)
         with pytest.MonkeyPatch.context() as patch:
             if not small:
-                patch.setattr("elasticzo.wrapper.SMALL", 0)
+                patch.setattr("elasticzo.forward.staging.SMALL", 0)
             outputs.append(model(X))
     torch.testing.assert_close(*outputs)
 

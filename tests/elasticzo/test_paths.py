@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import elasticzo.paired
-from elasticzo import ZOSGD, ElasticZO, pair_losses
+from elasticzo import ZOSGD, ElasticZO, directions, pair_losses
+from elasticzo.forward.layers import weights
+from elasticzo.forward.staging import Staging
+from elasticzo.points import two_sided
 from zo_kernels import paths
 
 needs_triton = pytest.mark.usefixtures("triton")
@@ -101,8 +103,7 @@ def test_fused_staged_and_reference_agree(net: str, pairing: str, noise: str) ->
     budget = 4 * (low.double() - exact).abs().max().item() + 1e-6
     for path in ("fused", "staged"):
         losses, model = train(net, backend="triton", path=path, **given)
-        kinds = {layer.kind for layer in model._plan.layers.values()}
-        assert "fallback" not in kinds
+        assert not any(layer.by_half for layer in model.engine.plan.layers.values())
         assert (losses.double() - exact).abs().max().item() <= budget, path
         for (name, a), b, c in zip(
             model.state_dict().items(),
@@ -129,21 +130,20 @@ def test_the_first_step_takes_the_path_of_the_others() -> None:
 @needs_triton
 def test_a_kernel_takes_relu_and_pooling_along(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[bool, bool]] = []
-    plain = elasticzo.paired.paired_conv2d
+    plain = weights.paired_conv2d
 
     def spy(*args: Any, **kwargs: Any) -> Tensor:
         calls.append((kwargs.get("relu", False), kwargs["pool"]))
         return plain(*args, **kwargs)
 
-    monkeypatch.setattr(elasticzo.paired, "paired_conv2d", spy)
+    monkeypatch.setattr(weights, "paired_conv2d", spy)
     relus: list[str] = []
     torch.manual_seed(0)
     model = ElasticZO(Small().to(GPU), tail=0, eps=1e-2, backend="triton", path="fused").train()
     x = X.to(GPU)
     model(x)  # watched: every module runs
-    assert len(calls) == 2 and all(
-        layer.kind != "fallback" for layer in model._plan.layers.values()
-    )
+    assert len(calls) == 2
+    assert not any(layer.by_half for layer in model.engine.plan.layers.values())
     calls.clear()
     y = model(x)
     assert calls == [(True, True), (True, True)]
@@ -171,30 +171,29 @@ def test_chunks_do_not_show(noise: str, defer: bool, monkeypatch: pytest.MonkeyP
             zo.step(losses)
         return losses, model.state_dict()
 
-    monkeypatch.setattr("elasticzo.passes.SMALL", 0)
-    monkeypatch.setattr("elasticzo.wrapper.SMALL", 0)
-    whole, weights = run()
-    monkeypatch.setattr(elasticzo.paired, "CHUNK_BYTES", 30000)
+    monkeypatch.setattr("elasticzo.forward.staging.SMALL", 0)
+    whole, trained = run()
+    monkeypatch.setattr(weights, "CHUNK_BYTES", 30000)
     parts: list[int] = []
-    plain = elasticzo.passes.Pass.stage_rows
+    plain = Staging.rows
 
     def spy(self: Any, rows: Tensor, *args: Any) -> Tensor:
         parts.append(rows.shape[0])
         return plain(self, rows, *args)
 
-    monkeypatch.setattr(elasticzo.passes.Pass, "stage_rows", spy)
+    monkeypatch.setattr(Staging, "rows", spy)
     losses, same = run()
     # 300 x 20 x 2 x 4 bytes = 2 chunks of 256 and 44 rows; the first forward is watched, whole.
     assert parts == [256, 44] * 2
     torch.testing.assert_close(losses, whole, rtol=0, atol=1e-6)
-    for name in weights:
-        torch.testing.assert_close(same[name], weights[name], rtol=0, atol=1e-4)
+    for name in trained:
+        torch.testing.assert_close(same[name], trained[name], rtol=0, atol=1e-4)
 
 
 def test_one_layer_s_halves_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """The memory of staged halves is given back before the next layer takes some."""
     alive: list[weakref.ref[Tensor]] = []
-    plain = elasticzo.passes.perturbed_weights
+    plain = directions.perturbed_weights
 
     def spy(*args: Any, **kwargs: Any) -> Tensor:
         assert all(ref() is None for ref in alive)
@@ -202,8 +201,8 @@ def test_one_layer_s_halves_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
         alive.append(weakref.ref(halves))
         return halves
 
-    monkeypatch.setattr("elasticzo.wrapper.SMALL", 0)
-    monkeypatch.setattr(elasticzo.passes, "perturbed_weights", spy)
+    monkeypatch.setattr("elasticzo.forward.staging.SMALL", 0)
+    monkeypatch.setattr(directions, "perturbed_weights", spy)
     net = nn.Sequential(*[nn.Linear(30, 30, bias=False) for _ in range(4)])
     model = ElasticZO(net, tail=0, eps=1e-2).train()
     model(torch.randn(5, 30))
@@ -264,10 +263,10 @@ def test_devices_are_known_by_name() -> None:
 
 def test_on_the_cpu_layers_are_staged() -> None:
     model = ElasticZO(Small(), tail=0, backend="reference", eps=1e-2).train()
-    layer = model._plan.layers["7"]
+    layer = model.engine.plan.layers["7"]
     assert layer.path == "auto" and layer.fusable
-    current = model._new_pass(False, 2)
-    assert elasticzo.paired._path(current, layer, torch.randn(12, 24), None) == "staged"
+    current = model.engine.new_pass(two_sided(1))
+    assert weights.path_of(current, layer, torch.randn(12, 24), None) == "staged"
 
 
 PATHS: dict[str, tuple[Any, str]] = {

@@ -80,9 +80,9 @@ def test_to_another_dtype_after_wrapping() -> None:
     model, x, _ = lenet()
     model.to(torch.float64)
     assert model(x.double()).dtype == torch.float64
-    assert model._eps.dtype == torch.float64 and model._key.dtype == torch.int64
+    assert model.session.eps.dtype == torch.float64 and model.session.key.dtype == torch.int64
     model.to(torch.bfloat16)
-    assert model._eps.dtype == torch.float64
+    assert model.session.eps.dtype == torch.float64
 
 
 @pytest.mark.filterwarnings("ignore:the model draws")

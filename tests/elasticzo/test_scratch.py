@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from elasticzo.scratch import SCRATCH_OPS, allocations, copies_inside, peak_inside
+from elasticzo.memory.scratch import SCRATCH_OPS, allocations, copies_inside, peak_inside
 
 CONVOLUTIONS = {
     "few channels": (1, 6, 28, 5, {"padding": 2}),

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elasticzo import ZOSGD, ElasticZO, pair_losses, recurrent
-from elasticzo.memory import training_memory
-from elasticzo.scratch import allocations
+from elasticzo import ZOSGD, ElasticZO, pair_losses
+from elasticzo.memory import recurrent, training_memory
+from elasticzo.memory.scratch import allocations
 from tests.elasticzo.zoo import smooth_loss
 
 

@@ -182,7 +182,7 @@ def test_a_parameter_replaced_or_moved_between_forward_and_step() -> None:
         zo.step(losses)
     model.module.a.weight = nn.Parameter(torch.zeros(4, 4), requires_grad=False)
     losses = pair_losses(F.cross_entropy, model(X), Y)
-    with pytest.raises(RuntimeError, match=r"'a.weight' is not the one this ZOSGD was built on"):
+    with pytest.raises(RuntimeError, match=r"'a.weight' is not the one this optimiser was"):
         zo.step(losses)
 
 

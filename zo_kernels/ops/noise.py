@@ -41,7 +41,7 @@ def sample(
         query: direction of this step, in [0, 2^24).
         noise: "normal" (fp32), "rademacher" (fp32 +-1), "sparse_int8" (int8 in [-r_max, r_max]) or
             "bits" (the words, int64 in [0, 2^32)).
-        purpose: "noise", "rounding", "dropout" or "data": separate streams.
+        purpose: "noise", "rounding", "dropout", "data", "left" or "right": separate streams.
         p_zero, r_max: of "sparse_int8": probability of a forced zero in [0, 1), largest value.
         backend: "auto", "triton", "numba" or "reference".
     Returns: `[*shape]`, contiguous.

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from elasticzo.int8 import ElasticZOInt8, Int8ZO
+from elasticzo.memory.scratch import allocations
 from elasticzo.models.points import MaxPoints
-from elasticzo.scratch import allocations
 from tests.elasticzo.int8.nets import batch, fixed_weights, lenet
 
 pytest.importorskip("numba")

@@ -44,7 +44,7 @@ def forward_model(model: ElasticZOInt8, x: Int8Tensor, half: int | None) -> tupl
             noise = model.noise_of(name)
             z = sample(
                 w.shape,
-                model._key,
+                model.session.key,
                 tensor=block.layer.tensor,
                 query=half // 2,
                 noise="sparse_int8",

@@ -180,7 +180,9 @@ def test_last_layer_s_gradient_is_exact(queries: int) -> None:
     )
     x, y = batch((6, 1, 8, 8), 4)
     logits = model(x)
-    error, exponent = integer_softmax_error(logits.q, logits.exponent, y, key=model._key, tensor=3)
+    error, exponent = integer_softmax_error(
+        logits.q, logits.exponent, y, key=model.session.key, tensor=3
+    )
     kept = [tape.kept["6"].x for tape in model._tapes]
     exact = sum(
         (error[h].double().T @ kept[h].q.double()) * 2.0 ** int(exponent[h] + kept[h].exponent[0])

@@ -11,8 +11,8 @@ import torch
 
 pytest.importorskip("numba")
 
+
 import elasticzo.int8.optimizer
-import elasticzo.optimizer
 from experiments.benchmarks import int8_step_cpu, int8_step_memory, int8_steps
 from experiments.benchmarks.int8_steps import PAIRINGS
 from experiments.studies.networks import TAILS

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-import elasticzo.passes
+import elasticzo.forward.staging
 import experiments.train.learner
 from experiments.studies import breakdown, stages
 from experiments.studies.stages import STAGES, Stopwatch, targets, watched
@@ -53,7 +53,7 @@ def test_a_step_by_stages(method: Any, precision: str) -> None:
     learner = learner_of(SMALL, method, precision, 16)
     learner.step()  # compiled and checked
     held = [(holder, name, getattr(holder, name)) for holder, name, *_ in targets(learner)]
-    ops = (elasticzo.passes.stage_, experiments.train.learner.pair_losses)
+    ops = (elasticzo.forward.staging.stage_, experiments.train.learner.pair_losses)
     watch = Stopwatch(learner.device)
     with watched(learner, watch):
         start = time.process_time()
@@ -65,7 +65,7 @@ def test_a_step_by_stages(method: Any, precision: str) -> None:
     for stage in ("forward", "loss", "tail backward", "update", "other"):
         assert found[stage] > 0, stage
     assert (found["noise"] > 0) == (method == "cls2")
-    assert ops == (elasticzo.passes.stage_, experiments.train.learner.pair_losses)
+    assert ops == (elasticzo.forward.staging.stage_, experiments.train.learner.pair_losses)
     assert all(getattr(holder, name) == before for holder, name, before in held)
 
 

@@ -1,0 +1,134 @@
+"""Estimators: at which points the loss is evaluated, and what its values make of the directions.
+
+A zeroth-order step in its own order (arXiv:2501.04287, abstract), by the parts that the wrapper and
+its optimisers exchange:
+
+>>> f = lambda w: (w - 1.0).square().sum()
+>>> w, seed_and_step = torch.zeros(3), torch.tensor([7, 0])
+>>> eps, lr = torch.tensor(1e-3, dtype=torch.float64), 0.1
+>>> spsa_ = spsa()
+>>> at = (HeadParameter("w", index=0, scale=1.0), w, seed_and_step)
+>>> W = spsa_.direction.weights(*at, eps, spsa_.points, None, "auto")  # w + eps z and w - eps z
+>>> L = torch.stack([f(half) for half in W])  # the two passes, without gradients
+>>> g = spsa_.project(L, eps)  # (L+ - L-) / (2 eps)
+>>> a = spsa_.coefficients(g, clip=None)  # g / Q
+>>> w -= lr * spsa_.direction.sum(*at, a, "auto")  # w <- w - lr g z, the same z made again
+>>> bool(f(w) < f(torch.zeros(3)))
+True
+
+The wrapper's forward does the first two, `elasticzo.optim.step.Step.step` the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elasticzo.directions import Dense, Direction, LowRank
+from elasticzo.losses import SIDES
+from elasticzo.points import Points, plus_sides, two_sided
+from elasticzo.settings import check_queries
+
+Project = Callable[[Tensor, Tensor], Tensor]  # losses [N], eps [] -> g [Q]
+
+
+def central_difference(losses: Tensor, eps: Tensor) -> Tensor:
+    """`(L+_q - L-_q) / (2 eps)`: `[2Q]` -> `[Q]`."""
+    wide = losses.to(torch.float64)
+    return (wide[0::2] - wide[1::2]) / (2.0 * eps)
+
+
+def forward_difference(losses: Tensor, eps: Tensor) -> Tensor:
+    """`(L+_q - L) / eps` with the loss at `w` first: `[1 + Q]` -> `[Q]`."""
+    wide = losses.to(torch.float64)
+    return (wide[1:] - wide[0]) / eps
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """Which points, along which direction, and what their losses make of it; see the methods below.
+
+    Attributes:
+        name: of the method.
+        direction: what `z` is.
+        queries: directions a step, Q.
+        points: where the network is evaluated.
+        difference: the projected gradients of the losses at these points.
+        sources: halves of the losses that a tail may learn from, by name.
+        average: whether the coefficients are averaged over the queries; signs add up.
+    """
+
+    name: str
+    direction: Direction
+    queries: int
+    points: Points
+    difference: Project
+    sources: Mapping[str, slice]
+    average: bool = True
+
+    def __post_init__(self) -> None:
+        check_queries(self.queries)
+
+    @property
+    def noise(self) -> str:
+        return self.direction.noise
+
+    def project(self, losses: Tensor, eps: Tensor) -> Tensor:
+        """The projected gradients `g`, `[Q]`, from the losses of the points."""
+        return self.difference(losses.detach(), eps)
+
+    def coefficients(self, g: Tensor, clip: float | None) -> Tensor:
+        """What each direction is weighed by: `clip(g_q, +-clip) / Q`."""
+        a = g if clip is None else g.clamp(-clip, clip)
+        return a / self.queries if self.average else a
+
+    def describe(self) -> dict[str, Any]:
+        """What makes it another estimator: it stands in logs and states."""
+        return {"name": self.name, "queries": self.queries, **self.direction.describe()}
+
+
+def spsa(queries: int = 1, noise: str = "normal") -> Estimator:
+    """Both sides of a dense direction: the paper's.
+
+    Args:
+        queries: directions a step, Q; 2Q passes. noise: "normal" or "rademacher".
+    Source: Spall 1992; arXiv:2501.04287.
+    """
+    return Estimator("spsa", Dense(noise), queries, two_sided(queries), central_difference, SIDES)
+
+
+def one_sided(queries: int = 1, noise: str = "normal") -> Estimator:
+    """One side of a dense direction against the loss at `w`, which all queries share.
+
+    1 + Q passes instead of 2Q, for a bias of order eps where the other has eps^2.
+
+    Source: forward differences, as of DeepZero (Chen et al., arXiv:2310.02025).
+    """
+    sources = {"plus": slice(1, None), "clean": slice(0, 1)}
+    return Estimator(
+        "one_sided", Dense(noise), queries, plus_sides(queries), forward_difference, sources
+    )
+
+
+def low_rank(queries: int = 1, rank: int = 2, every: int = 50, noise: str = "normal") -> Estimator:
+    """Both sides of a direction of low rank, one factor of which stays for some steps (`LowRank`).
+
+    Source: LOZO, Chen et al., arXiv:2410.07698.
+    """
+    direction = LowRank(rank, every, noise)
+    return Estimator("low_rank", direction, queries, two_sided(queries), central_difference, SIDES)
+
+
+# What the contract tests run over: a new method is a line here.
+ESTIMATORS: dict[str, Callable[..., Estimator]] = {
+    "spsa": spsa,
+    "one_sided": one_sided,
+    "low_rank": low_rank,
+}
+
+
+__all__ = ["ESTIMATORS", "Estimator", "low_rank", "one_sided", "spsa"]

@@ -1,0 +1,284 @@
+"""The engine: a module, its plan, and what the first forward settled about it.
+
+Module forwards are taken over during a pass. Nothing of the model is replaced for good: outside a
+training forward it is the model it was. A first forward that shows something to settle (a parameter
+read around its module, a module whose halves cannot be joined, a generator drawn from) changes the
+plan and starts again, from the same buffers and generator state.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from elasticzo.buffers import (
+    BufferSlot,
+    BufferSnapshot,
+    address,
+    all_buffers,
+    generator_state,
+    set_generator_state,
+)
+from elasticzo.cut import Cut
+from elasticzo.directions import Direction
+from elasticzo.forward.halves import NotByHalf, UsesGenerator, each_half, run_stacked
+from elasticzo.forward.layers.sequence import run_sequence
+from elasticzo.forward.passes import Layer, Pass
+from elasticzo.forward.plan import build_plan, owner_of, promote
+from elasticzo.forward.precision import compute_dtype, parse_compute_dtype
+from elasticzo.forward.staging import Staging
+from elasticzo.forward.trees import (
+    InputsStay,
+    join,
+    stack_inputs,
+    stack_leaves,
+    strip,
+    unstack_outputs,
+)
+from elasticzo.forward.watch import Watch
+from elasticzo.head import Head
+from elasticzo.points import CLEAN, Points
+from elasticzo.session import Session
+from elasticzo.settings import refuse_sharded
+from zo_kernels import resolve_backend
+
+DRAWS = (
+    "the model draws from torch's generator outside nn.Dropout; its halves run one after the other "
+    "from the same generator state"
+)
+
+
+class Engine:
+    """Evaluates a module at the points of an estimator.
+
+    Attributes:
+        pairing: as the user wants it; `effective_pairing` is how the points run.
+        plan: which function serves which module.
+        moving: the buffers that a forward moves.
+        mixes_generator: whether the model draws from torch's generator outside nn.Dropout.
+        compiled: whether torch.compile traces around the layers.
+        current: the pass that runs.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        cut: Cut,
+        head: Head,
+        session: Session,
+        direction: Direction,
+        backend: str,
+        pairing: str,
+        path: str | Mapping[str, str],
+        wanted: torch.dtype | str | None,
+    ) -> None:
+        self.module, self.cut, self.head, self.session = module, cut, head, session
+        self.direction, self._backend, self.pairing = direction, backend, pairing
+        self.compute_dtype, self.precision = parse_compute_dtype(wanted)
+        self.plan = build_plan(module, head, path)
+        if pairing == "stacked" and self.plan.sequence_first and not cut.everything:
+            raise ValueError(
+                "pairing='stacked' needs the batch as dimension 0, but these modules have "
+                f"batch_first=False: {', '.join(self.plan.sequence_first)}; use "
+                "pairing='sequential'"
+            )
+        self._known = list(module.modules())
+        self._settled: tuple[Any, ...] | None = None  # circumstances that the plan was seen in
+        self.moving: list[BufferSlot] = []
+        self.mixes_generator = self.compiled = False
+        self.current: Pass | None = None
+
+    @property
+    def effective_pairing(self) -> str:
+        """How the points run: those of a model with parameters at its root, one by one."""
+        by_half = "" in self.plan.layers and self.plan.layers[""].by_half
+        return "sequential" if by_half or self.mixes_generator else self.pairing
+
+    def settle(self, moving: list[BufferSlot]) -> None:
+        """The plan holds as it is, and a forward moves these buffers."""
+        self.moving, self._settled = moving, self._circumstances()
+
+    def unsettle(self) -> None:
+        """What was seen is to be seen again."""
+        self._settled = None
+
+    def settled(self) -> bool:
+        """Whether the circumstances are those that the plan was seen in.
+
+        Raises: RuntimeError where modules were replaced since wrapping.
+        """
+        modules, known = list(self.module.modules()), self._known
+        if len(modules) != len(known) or any(
+            a is not b for a, b in zip(modules, known, strict=True)
+        ):
+            raise RuntimeError(
+                "modules of the model were added or replaced since it was wrapped: wrap it again"
+            )
+        return self._settled == self._circumstances()
+
+    def _circumstances(self) -> tuple[Any, ...]:
+        computed_in = compute_dtype(self.session.device, self.compute_dtype)
+        training = tuple(m.training for m in self._known)
+        return training, computed_in, torch.is_grad_enabled()
+
+    # ---- forwards
+
+    def run(self, points: Points, args: Any, kwargs: Any) -> Any:
+        """The outputs at the points, `[points, B, ...]`: a training forward of the session."""
+        if torch.compiler.is_compiling():
+            self.compiled = True
+        if self.settled():
+            return self._run(points, args, kwargs)
+        return self._first_run(points, args, kwargs)
+
+    def clean(self, args: Any, kwargs: Any) -> Any:
+        """The outputs at `w` alone, `[1, B, ...]`; buffers stay: statistics move with the points,
+        once a micro-batch."""
+        self.session.flush()
+        buffers = BufferSnapshot(all_buffers(self.module))
+        output = self._evaluate(self.new_pass(CLEAN), args, kwargs)
+        buffers.restore()
+        return output
+
+    @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]
+    def _run(self, points: Points, args: Any, kwargs: Any) -> Any:
+        session = self.session
+        if session.before is None:
+            session.before = BufferSnapshot(self.moving)
+        try:
+            output = self._evaluate(self.new_pass(points), args, kwargs)
+            session.flush()  # what this forward did not read
+        except UsesGenerator:
+            self.mixes_generator = True
+            session.before.restore()
+            raise RuntimeError(f"{DRAWS}; it did not before: repeat this step") from None
+        session.note_forward()
+        return output
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _first_run(self, points: Points, args: Any, kwargs: Any) -> Any:
+        """A training forward under observation; its output, once the plan has settled."""
+        session, device = self.session, self.session.device
+        session.flush()
+        snapshot = BufferSnapshot(all_buffers(self.module))
+        generator = generator_state(device)
+        self.moving = all_buffers(self.module)
+        for _ in range(len(self.head.parameters) * len(self._known) + 2):
+            watch = Watch(self.head)
+            try:
+                with watch.over(self.module, self.cut.tail_parameters):
+                    output = self._evaluate(self.new_pass(points, watch), args, kwargs)
+                if self._settles(watch, points):
+                    self.settle(snapshot.moved())
+                    if session.before is None:
+                        session.before = snapshot.only(self.moving)
+                    session.note_forward()
+                    return output
+            except NotByHalf as problem:
+                self._promote(problem.layer.name, [h.name for *_, h in problem.layer.swaps])
+            except UsesGenerator:
+                self.mixes_generator = True
+                warnings.warn(DRAWS, stacklevel=5)
+            except Exception:
+                snapshot.restore()
+                raise
+            snapshot.restore()
+            set_generator_state(device, generator)
+        raise AssertionError("the plan of the model did not settle")
+
+    def new_pass(self, points: Points, watch: Watch | None = None) -> Pass:
+        """The state of a forward that evaluates these points."""
+        session = self.session
+        weights = list(self.head)
+        session.seen = [(id(p), address(p)) for _, p in weights]
+        for head, p in weights:
+            refuse_sharded(head.name, p)
+        backend = resolve_backend(self._backend, session.device)
+        return Pass(
+            Staging(session, weights, self.direction, points, backend),
+            session.forwards,
+            self.moving,
+            wanted=self.compute_dtype,
+            precision=self.precision,
+            watch=watch,
+        )
+
+    def _evaluate(self, current: Pass, args: Any, kwargs: Any) -> Any:
+        n, self.current = current.halves, current
+        with self._taken_over(current):
+            if self.effective_pairing == "stacked" and n > 1:
+                stacked, current.unbatched, current.batched = stack_inputs((args, kwargs), n)
+                return unstack_outputs(run_stacked(self.module, current, *stacked), n)
+            inputs = InputsStay((strip(args), strip(kwargs)))
+            outputs = each_half(current, self.moving, lambda half: inputs.run(self.module, half))
+            return join(outputs, stack_leaves)
+
+    @contextmanager
+    def _taken_over(self, current: Pass) -> Iterator[None]:
+        """Take over the forwards of the plan's layers for one pass.
+
+        Where the model around them is compiled, they are marked as not to be traced.
+        """
+        call = _call_untraced if self.compiled else _call
+        patched: list[tuple[nn.Module, Any]] = []
+        with ExitStack() as stack:
+            stack.callback(self._hand_back, patched)
+            for layer in self.plan.layers.values():
+                if layer.call is run_sequence and (self.compiled or current.watch is not None):
+                    continue  # nothing to be traced around, or watched
+                module = layer.module
+                patched.append((module, module.__dict__.get("forward")))
+                module.__dict__["forward"] = partial(call, current, layer, module.forward)
+            yield
+
+    def _hand_back(self, patched: Sequence[tuple[nn.Module, Any]]) -> None:
+        self.current = None
+        for module, before in reversed(patched):
+            if before is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = before
+
+    # ---- what a first forward settles
+
+    def _settles(self, watch: Watch, points: Points) -> bool:
+        """Whether each weight of the head was read perturbed, and none as it is; else the plan
+        changes."""
+        wrong = watch.wrong(self.head)
+        if not wrong or not points.halves:
+            return True
+        name = min(wrong)
+        self._promote(owner_of(self.plan, name), [name])
+        return False
+
+    def _promote(self, layer: str, parameters: Sequence[str]) -> None:
+        if layer:
+            promote(self.plan, self.head, self.module, layer, parameters)
+            return
+        if not parameters:
+            raise ValueError(
+                "the halves of this model cannot run stacked: use pairing='sequential'"
+            )
+        raise ValueError(
+            f"head parameter {parameters[0]!r} was not perturbed in the forward (it is not used, "
+            "or not through its module): freeze it with requires_grad_(False) before wrapping"
+        )
+
+
+def _call(
+    current: Pass, layer: Layer, forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """What a layer's module runs instead of its own forward."""
+    return layer.call(current, layer, forward, args, kwargs)
+
+
+_call_untraced: Callable[..., Any] = torch.compiler.disable(_call)  # type: ignore[no-untyped-call]
+
+
+__all__ = ["DRAWS", "Engine"]

@@ -1,0 +1,68 @@
+"""Which function serves which kind of module while the points of a forward run stacked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from elasticzo.forward.passes import Layer, Pass
+
+Serve = Callable[[Pass, Layer, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Handler:
+    """How a kind of module takes part.
+
+    Attributes:
+        run: gives of a stacked input `[n B, ...]` the outputs of all points that run now.
+        always: whether it does so where no weight of its own is perturbed, too.
+        subclasses: whether what derives from the kind is served as well.
+    """
+
+    run: Serve
+    always: bool
+    subclasses: bool
+
+    def __call__(
+        self, current: Pass, layer: Layer, forward: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Tensor:
+        """What runs instead of a module's forward."""
+        x = args[0] if args else kwargs["input"]
+        n = current.count
+        if n > 1 and (x.dim() == 0 or x.shape[0] % n):
+            raise ValueError(
+                f"{layer.name!r} got an input of shape {list(x.shape)}, which does not divide into "
+                f"{n} halves: dimension 0 is not the batch there; use pairing='sequential'"
+            )
+        return self.run(current, layer, x)
+
+
+_HANDLERS: dict[type[nn.Module], Handler] = {}
+
+
+def serves(
+    *kinds: type[nn.Module], always: bool = False, subclasses: bool = False
+) -> Callable[[Serve], Serve]:
+    """Let a function `(current, layer, x)` serve these kinds of modules; see `Handler`."""
+
+    def register(run: Serve) -> Serve:
+        _HANDLERS.update(dict.fromkeys(kinds, Handler(run, always, subclasses)))
+        return run
+
+    return register
+
+
+def handler_of(module: nn.Module) -> Handler | None:
+    """What serves a module, None where nothing does."""
+    found = _HANDLERS.get(type(module))
+    if found is not None:
+        return found
+    derived = (h for kind, h in _HANDLERS.items() if h.subclasses and isinstance(module, kind))
+    return next(derived, None)
+
+
+__all__ = ["Handler", "handler_of", "serves"]

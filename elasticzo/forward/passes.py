@@ -1,0 +1,162 @@
+"""One training forward: which points run, and what is known while it lasts; and a layer's part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elasticzo.buffers import BufferSlot
+from elasticzo.forward.staging import Staging
+from elasticzo.forward.watch import Watch
+from elasticzo.head import HeadParameter
+
+
+@dataclass
+class Layer:
+    """A module whose forward is taken over while the points run.
+
+    Attributes:
+        call: what runs instead, `(current, layer, forward, args, kwargs)`.
+        by_half: whether it runs once a half, with its perturbed parameters swapped in.
+        head: the perturbed parameters of its own, by local name.
+        swaps: of one that runs by half, (module, local name, parameter) of all that it swaps.
+        stream: of dropout, the stream of its masks.
+        path: of products, "auto", "fused" or "staged", as the user wants.
+        fusable: whether it has a fused kernel.
+    """
+
+    name: str
+    module: nn.Module
+    call: Callable[..., Any]
+    by_half: bool = False
+    head: dict[str, HeadParameter] = field(default_factory=dict)
+    swaps: list[tuple[nn.Module, str, HeadParameter]] = field(default_factory=list)
+    stream: int = 0
+    path: str = "auto"
+    fusable: bool = False
+
+
+@dataclass
+class Follow:
+    """What follows a layer in its `nn.Sequential`, and may be done by the layer's own kernel."""
+
+    module: nn.Module
+    relu: bool
+    pool: bool
+    modules: int  # how many they are
+    done: bool = False
+
+
+@dataclass
+class Pass:
+    """State of one training forward.
+
+    Its points have places `0 .. halves - 1`. `half` is the place that runs now, or None while all
+    of them travel together, stacked along the batch.
+    """
+
+    staging: Staging
+    micro_batch: int
+    moving: Sequence[BufferSlot]  # buffers that a forward moves
+    wanted: torch.dtype | None = None  # compute dtype the user named
+    precision: str | None = None  # of float32 products, where the user named one
+    watch: Watch | None = None  # of the first forward
+    half: int | None = None
+    swapped: set[tuple[int, str]] = field(default_factory=set)  # parameters perturbed in place
+    # Stacked inputs by id, as (stacked, its version, one half): they carry the batch, and while
+    # nobody wrote to them their halves agree.
+    batched: dict[int, tuple[Tensor, int, Tensor]] = field(default_factory=dict)
+    unbatched: set[int] = field(default_factory=set)
+    calls: dict[tuple[int, int | None], int] = field(default_factory=dict)
+    generator_state: Tensor | None = None
+    follow: Follow | None = None
+
+    @property
+    def key(self) -> Tensor:
+        return self.staging.key
+
+    @property
+    def backend(self) -> str:
+        return self.staging.backend
+
+    @property
+    def halves(self) -> int:
+        """All points of this forward."""
+        return len(self.staging.points)
+
+    @property
+    def count(self) -> int:
+        """Points that a module called now serves."""
+        return self.halves if self.half is None else 1
+
+    def stage(
+        self,
+        w: Tensor,
+        head: HeadParameter,
+        dtype: torch.dtype | None = None,
+        computed_in: torch.dtype | None = None,
+    ) -> Tensor:
+        """Perturbed weights of the points that run now: `[count, *w.shape]`.
+
+        `computed_in` is the dtype that autocast will round them to, where it is not `dtype`.
+        """
+        if self.watch is None:
+            return self.staging.weights(w, head, dtype)
+        with self.watch.aside():
+            self.watch.consume(head)
+            halves = self.staging.weights(w, head, dtype)
+            if self.staging.perturbs and head.scale != 0.0:
+                rounded = halves.to(computed_in or halves.dtype)
+                self.watch.check_perturbed(w, rounded, head, self.staging.eps, self.precision)
+            return halves
+
+    def note_fused(self, w: Tensor, head: HeadParameter, dtype: torch.dtype | None) -> None:
+        """A kernel is about to read `w` and to perturb it itself."""
+        self.staging.update_now(w)
+        if self.watch is not None:
+            self.watch.consume(head)
+            if head.scale != 0.0:
+                at = (self.key, self.staging.eps, self.staging.points, dtype, self.backend)
+                halves = self.staging.direction.weights(head, w, *at)
+                self.watch.check_perturbed(w, halves, head, self.staging.eps, self.precision)
+
+    @contextmanager
+    def unwatched(self) -> Iterator[None]:
+        """The pass itself reads weights: nothing for the watch over who reads them unperturbed."""
+        if self.watch is None:
+            yield
+            return
+        with self.watch.aside():
+            yield
+
+    @contextmanager
+    def only(self, half: int) -> Iterator[None]:
+        """Run one point: everything called inside serves it alone."""
+        before, here = self.half, self.staging.here
+        ran = self.watch.tail_ran if self.watch is not None else None
+        self.half, self.staging.here = half, self.staging.points.one(half)
+        try:
+            yield
+        finally:
+            self.half, self.staging.here = before, here
+            if self.watch is not None and half + 1 < self.halves:
+                self.watch.tail_ran = ran  # the next one starts where this one did
+
+    def original(self, x: Tensor) -> Tensor | None:
+        """One half of a stacked input that is still as the wrapper made it, else None."""
+        stacked, version, half = self.batched.get(id(x), (None, 0, None))
+        return half if stacked is x and x._version == version else None
+
+    def next_call(self, module: nn.Module) -> int:
+        """How often `module` was called before in this half: distinguishes reused modules."""
+        at = (id(module), self.half)
+        self.calls[at] = self.calls.get(at, -1) + 1
+        return self.calls[at]
+
+
+__all__ = ["Follow", "Layer", "Pass"]

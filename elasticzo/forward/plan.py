@@ -1,0 +1,192 @@
+"""The plan of a wrapped model: how each of its modules takes part in a training forward."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.utils import parametrize
+
+from elasticzo.cut import Cut
+from elasticzo.forward.layers import handler_of
+from elasticzo.forward.layers.sequence import is_sequential, run_sequence
+from elasticzo.forward.layers.weights import why_not_fused
+from elasticzo.forward.layers.whole import CLOSED, run_whole
+from elasticzo.forward.passes import Layer
+from elasticzo.head import Head, HeadParameter, resolve_scale, slots_of
+from zo_kernels.paths import PATHS
+from zo_kernels.registry import WEIGHT_DTYPES
+
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+@dataclass
+class Plan:
+    """All layers that take part, by module name.
+
+    Attributes:
+        sequence_first: modules that read dimension 0 as time.
+    """
+
+    layers: dict[str, Layer]
+    sequence_first: list[str]
+
+
+def head_of(model: nn.Module, cut: Cut, scale: Mapping[str, float] | None) -> Head:
+    """The head of a float model.
+
+    Raises: TypeError for a parameter of an unsupported dtype; what `resolve_scale` raises.
+    """
+    names = set(cut.head_parameters)
+    scales = resolve_scale(cut.head_parameters, scale)
+    padding = {id(m.weight): m.padding_idx for m in model.modules() if isinstance(m, nn.Embedding)}
+    found = []
+    for index, (name, p) in enumerate(model.named_parameters()):
+        if name not in names:
+            continue
+        if p.dtype not in WEIGHT_DTYPES:
+            raise TypeError(
+                f"head parameter {name!r} must be float32, float64 or bfloat16, got {p.dtype} "
+                "(for float16 activations use autocast over float32 parameters)"
+            )
+        found.append(HeadParameter(name, index, scales[name], padding.get(id(p))))
+    return Head(found, slots_of(model))
+
+
+def build_plan(model: nn.Module, head: Head, path: str | Mapping[str, str] = "auto") -> Plan:
+    """Decide for every module how it takes part.
+
+    Raises: ValueError for a path pattern that matches nothing, a fused path for a layer that has
+        none, an Embedding that renormalises in place.
+    """
+    by_id = {id(p): head.parameters[name] for name, p in head.named()}
+    plan = Plan({}, [])
+    closed: list[str] = []
+    streams = 0
+    for name, module in model.named_modules():
+        if getattr(module, "batch_first", True) is False:
+            plan.sequence_first.append(f"{name or 'the model'} ({type(module).__name__})")
+        if any(name.startswith(f"{outer}.") if outer else bool(name) for outer in closed):
+            continue
+        layer, closes = _layer(name, module, by_id)
+        if closes:
+            closed.append(name)
+        if layer is not None:
+            layer.stream = streams
+            streams += isinstance(module, _DropoutNd)
+            plan.layers[name] = layer
+    _choose_paths(plan, path)
+    return plan
+
+
+def _layer(
+    name: str, module: nn.Module, by_id: Mapping[int, HeadParameter]
+) -> tuple[Layer | None, bool]:
+    """How a module takes part, if it does; and whether it answers for all that is inside of it."""
+    own, handler = _own(module, by_id), handler_of(module)
+    if handler is not None and _as_built(module):
+        if own:
+            _check_supported(name, module)
+        served = bool(own) or handler.always
+        return (Layer(name, module, handler, head=own) if served else None), False
+    whole = partial(Layer, name, module, run_whole, by_half=True)
+    if isinstance(module, CLOSED) or parametrize.is_parametrized(module):
+        swaps = _inside(module, by_id)
+        norms = any(isinstance(inner, _BatchNorm) for inner in module.modules())
+        return (whole(swaps=swaps) if swaps or norms else None), True
+    if isinstance(module, _BatchNorm):  # a subclass: each half by its own statistics
+        return whole(swaps=_inside(module, by_id)), True
+    if own:
+        return whole(swaps=[(module, local, head) for local, head in own.items()]), False
+    if is_sequential(module):
+        return Layer(name, module, run_sequence), False
+    return None, False
+
+
+def _inside(module: nn.Module, by_id: Mapping[int, HeadParameter]) -> list[Any]:
+    """(module, local name, parameter) of all of the head inside of a module."""
+    return [
+        (inner, local, head)
+        for inner in module.modules()
+        for local, head in _own(inner, by_id).items()
+    ]
+
+
+def _choose_paths(plan: Plan, path: str | Mapping[str, str]) -> None:
+    """Give every paired layer the path that the user wants for it."""
+    layers = {n: layer for n, layer in plan.layers.items() if layer.head}
+    for layer in layers.values():
+        layer.fusable = why_not_fused(layer) is None
+        layer.path = path if isinstance(path, str) else "auto"
+    if isinstance(path, str):
+        if path not in PATHS:
+            raise ValueError(f"path must be one of {PATHS} or {{name pattern: path}}, got {path!r}")
+        return
+    for pattern, wanted in path.items():
+        named = {n: layer for n, layer in layers.items() if fnmatch.fnmatchcase(n, pattern)}
+        if not named or wanted not in PATHS:
+            raise ValueError(
+                f"path needs {{name pattern: one of {PATHS}}} over paired layers "
+                f"({', '.join(layers) or 'there are none'}), got {pattern!r}: {wanted!r}"
+            )
+        for name, layer in named.items():
+            reason = why_not_fused(layer)
+            if wanted == "fused" and reason is not None:
+                raise ValueError(f"path 'fused' is not possible for {name!r}: {reason}")
+            layer.path = wanted
+
+
+def _own(module: nn.Module, by_id: Mapping[int, HeadParameter]) -> dict[str, HeadParameter]:
+    return {
+        local: by_id[id(p)]
+        for local, p in module._parameters.items()
+        if p is not None and id(p) in by_id
+    }
+
+
+def _as_built(module: nn.Module) -> bool:
+    """Whether a known layer holds just the parameters its constructor gave it."""
+    names = set(module._parameters)
+    return names <= {"weight", "bias"} and (not names or "weight" in names)
+
+
+def _check_supported(name: str, module: nn.Module) -> None:
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        raise ValueError(
+            f"{name!r} (Embedding) has max_norm: it rewrites its weight in the forward, which the "
+            "perturbed passes must only read; set max_norm=None"
+        )
+
+
+def promote(plan: Plan, head: Head, model: nn.Module, name: str, parameters: Sequence[str]) -> None:
+    """Let the nearest module around `name` that runs swap these parameters instead."""
+    modules = dict(model.named_modules())
+    outer = name
+    while outer:
+        outer = outer.rpartition(".")[0]
+        if not isinstance(modules[outer], CONTAINERS):
+            break
+    by_id = {id(p): head.parameters[n] for n, p in head.named() if n in parameters}
+    layer = plan.layers.get(outer)
+    if layer is None or not layer.by_half:
+        layer = plan.layers[outer] = Layer(outer, modules[outer], run_whole, by_half=True)
+    taken = {(id(module), local) for module, local, _ in layer.swaps}
+    swaps = _inside(modules[outer], by_id)
+    layer.swaps += [s for s in swaps if (id(s[0]), s[1]) not in taken]
+
+
+def owner_of(plan: Plan, parameter: str) -> str:
+    """The outermost layer that is responsible for a parameter now, else its module."""
+    for name, layer in plan.layers.items():
+        if any(head.name == parameter for _, _, head in layer.swaps):
+            return name
+    return parameter.rpartition(".")[0]
+
+
+__all__ = ["Plan", "build_plan", "head_of", "owner_of", "promote"]

@@ -1,0 +1,133 @@
+"""The watch over the first forward: who read which weight of the head, and whether perturbed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from elasticzo.buffers import has_values
+from elasticzo.forward.trees import has_tensor
+from elasticzo.head import Head, HeadParameter
+
+
+class Watch:
+    """What is seen.
+
+    Attributes:
+        consumed: names of the weights that someone read perturbed.
+        read_raw: names of those that someone read as they are.
+        tail_ran: the tail module that ran last.
+    """
+
+    def __init__(self, head: Head) -> None:
+        self.consumed: set[str] = set()
+        self.read_raw: set[str] = set()
+        self.tail_ran: str | None = None
+        self._raw = {id(p): name for name, p in head.named()}
+        self._swapped: dict[int, str] = {}  # perturbed weights by id
+        self._held: list[Tensor] = []  # keeps those ids unique
+        self._aside = False
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """The pass itself reads weights."""
+        self._aside = True
+        try:
+            yield
+        finally:
+            self._aside = False
+
+    def consume(self, head: HeadParameter) -> None:
+        """Someone has the perturbed weight."""
+        self.consumed.add(head.name)
+        if self.tail_ran is not None:
+            raise ValueError(
+                f"the tail must come after the whole head: {self.tail_ran!r} (tail) ran before "
+                f"{head.name!r} (head)"
+            )
+
+    def swap(self, w: Tensor, head: HeadParameter, known: bool) -> None:
+        """A perturbed weight stands in a module: reading it is what counts, but where it was
+        `known` to be read before."""
+        if not known:
+            self.consumed.discard(head.name)
+        self._swapped[id(w)] = head.name
+        self._held.append(w)
+
+    def read(self, leaves: Sequence[Any]) -> None:
+        """A function of torch gave a tensor from these arguments."""
+        if self._aside:
+            return
+        for leaf in leaves:
+            if id(leaf) in self._swapped:
+                self.consumed.add(self._swapped[id(leaf)])
+            elif id(leaf) in self._raw:
+                self.read_raw.add(self._raw[id(leaf)])
+
+    def wrong(self, head: Head) -> set[str]:
+        """Weights of the head that nobody read perturbed, or somebody as they are."""
+        return (set(head.parameters) - self.consumed) | self.read_raw
+
+    def check_perturbed(
+        self,
+        w: Tensor,
+        halves: Tensor,
+        head: HeadParameter,
+        eps: Tensor,
+        precision: str | None,
+    ) -> None:
+        """Refuse an eps that rounding to the compute dtype swallows."""
+        half, still, named = halves[-1], w.detach().to(halves.dtype), str(halves.dtype)
+        if precision == "tf32" and w.dim() > 1 and halves.dtype == torch.float32:
+            half, still = (_tf32(t) for t in (half, still))
+            named = "tf32"
+        stay = w.numel() - torch.count_nonzero(half != still)  # `sum` would copy to int64
+        if w.numel() and has_values(stay) and stay > 0.5 * w.numel():
+            raise ValueError(
+                f"eps={float(eps):g} (scale {head.scale:g}) vanishes in {named} for "
+                f"{head.name!r}: more than half of its elements do not move; use a larger eps or a "
+                "wider dtype"
+            )
+
+    @contextmanager
+    def over(self, model: nn.Module, tail: Sequence[str]) -> Iterator[None]:
+        """Watch a forward of the model; `tail`: names of the tail's parameters."""
+        owners = {name.rpartition(".")[0] for name in tail}
+        with ExitStack() as stack:
+            for name, module in model.named_modules():
+                if name in owners:
+
+                    def note(m: nn.Module, args: Any, *, name: str = name) -> None:
+                        self.tail_ran = name
+
+                    stack.callback(module.register_forward_pre_hook(note).remove)
+            stack.enter_context(_Reads(self))
+            yield
+
+
+class _Reads(TorchFunctionMode):
+    """Notes which weights a forward really reads."""
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if has_tensor(result):  # `.shape`, `.dtype` read no value
+            self.watch.read(pytree.tree_leaves((args, kwargs)))
+        return result
+
+
+def _tf32(t: Tensor) -> Tensor:
+    """What tensor cores read of fp32: a mantissa of 10 bits."""
+    return t.contiguous().view(torch.int32) & -0x2000
+
+
+__all__ = ["Watch"]

@@ -1,0 +1,183 @@
+"""What both wrappers are, floats and integers: a cut, a head, an estimator, and a session.
+
+The second half is the loading of a module that has a wrapper inside it. A wrapper's state has the
+keys of its model, without `module.` in front. torch loads a module and then, with longer and longer
+prefixes, its children; here it finds the model's in place of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elasticzo.cut import Cut
+from elasticzo.directions import Direction
+from elasticzo.estimator import Estimator
+from elasticzo.head import Head
+from elasticzo.session import Session
+from zo_kernels import resolve_backend
+
+
+class ZOModule(nn.Module):
+    """A network whose head is trained by zeroth-order optimisation.
+
+    Attributes:
+        cut: which modules are head and tail.
+        head: the weights of the head, and what belongs to each.
+        estimator: where the network is evaluated, and what the losses make of the directions.
+        session: where the run stands.
+        wanted_backend: as the user wants it; `backend` is the one that runs.
+        integer: whether its arithmetic is.
+    """
+
+    cut: Cut
+    head: Head
+    estimator: Estimator
+    session: Session
+    wanted_backend: str
+    integer = False
+
+    @property
+    def backend(self) -> str:
+        """The backend that runs on the device of the parameters: triton, numba or reference."""
+        return resolve_backend(self.wanted_backend, self.session.device)
+
+    @property
+    def seed(self) -> int:
+        """Seed of the noise."""
+        return self.session.seed
+
+    @property
+    def step_index(self) -> int:
+        """Steps done, skipped ones included. Reads the device."""
+        return int(self.session.key[1])
+
+    @property
+    def queries(self) -> int:
+        """Directions a step, Q."""
+        return self.estimator.queries
+
+    @property
+    def halves(self) -> int:
+        """Losses of a training forward, one a point: 2Q of two-sided estimates, or 1 where there is
+        nothing to perturb ("all")."""
+        return 1 if self.cut.everything else len(self.estimator.points)
+
+    def named_head_parameters(self) -> Iterator[tuple[str, Any]]:
+        """The head by name, as the last step left it."""
+        self.flush()
+        return self.head.named()
+
+    def head_parameters(self) -> Iterator[Any]:
+        """Parameters that zeroth-order optimisation trains."""
+        return (p for _, p in self.named_head_parameters())
+
+    def named_tail_parameters(self) -> Iterator[tuple[str, Any]]:
+        """What backpropagation trains, by name."""
+        raise NotImplementedError
+
+    def tail_parameters(self) -> Iterator[Any]:
+        """Parameters that backpropagation trains."""
+        return (p for _, p in self.named_tail_parameters())
+
+    def flush(self) -> None:
+        """Apply an update that waits for the next forward (`ZOSGD(defer=True)`); else nothing."""
+        self.session.flush()
+
+    def go_to(self, seed: int, step: int) -> None:
+        """Take the noise of another place: a checkpoint's, or a log's end."""
+        self.session.go_to(seed, step)
+        self.forget_forwards()
+
+    def forget_forwards(self) -> None:
+        """What was kept of a forward is not needed any more, or belongs to other weights."""
+        self.session.forget()
+
+    def set_direction(self, direction: Direction) -> None:
+        """Take other directions from now on.
+
+        Raises: RuntimeError between a forward and its step, which must see the same `z`.
+        """
+        if self.session.forwards:
+            raise RuntimeError(
+                "noise (r_max and p_zero of integers) cannot change between a forward and its "
+                "step: the update would use another z"
+            )
+        # Not by an attribute's way: a layer of an integer network may have this name.
+        self.__dict__["estimator"] = replace(self.estimator, direction=direction)
+
+    def fixed(self) -> dict[str, Any]:
+        """Settings of its own that must be the same when a run goes on."""
+        return {}
+
+    def end_step(self, found: Tensor) -> None:
+        """On to the next `z`."""
+        self.session.advance(found)
+
+    def replayer(self, header: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], None]:
+        """What makes a step of a log again, from its record.
+
+        Raises: ValueError where the log is not of this model.
+        """
+        raise NotImplementedError
+
+    def moved(self, device: torch.device) -> None:
+        """The weights are on another device now: so is all that a step has, and what was settled
+        for the old one is settled anew."""
+        self.session.to(device)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.flush()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # `fn` may change a floating dtype: only the device is taken from it.
+        self.moved(fn(self.session.key).device)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.flush()
+        return self.__dict__
+
+
+class ModelInstead(dict[str, nn.Module | None]):
+    """Children of a wrapper: the first time they are listed, those of its model.
+
+    torch lists them right after `_load_from_state_dict`, before it loads any; from then on the
+    wrapper has its own ones again, whatever loading them comes to.
+    """
+
+    def __init__(self, wrapper: nn.Module) -> None:
+        super().__init__(wrapper._modules)
+        self.wrapper, self.own = wrapper, wrapper._modules
+
+    def items(self) -> Any:
+        self.wrapper._modules = self.own
+        model = self.own["module"]
+        assert model is not None
+        return model._modules.items()
+
+
+def load_inside(
+    wrapper: nn.Module, state: Any, prefix: str, metadata: Any, strict: bool, *lists: Any
+) -> None:
+    """The wrapper's `_load_from_state_dict`, which torch calls inside a module around it.
+
+    The wrapper itself has hooks, and no key: all of them are its model's.
+    """
+    nn.Module._load_from_state_dict(wrapper, state, prefix, metadata, False, *lists)
+    model = wrapper.get_submodule("module")
+    model._load_from_state_dict(state, prefix, metadata, strict, *lists)
+    wrapper._modules = ModelInstead(wrapper)
+
+
+def loaded(wrapper: nn.Module, incompatible_keys: Any) -> None:
+    """What a wrapper does when torch has loaded it: the hooks that its model has for that."""
+    model = wrapper.get_submodule("module")
+    for hook in model._load_state_dict_post_hooks.values():
+        hook(model, incompatible_keys)
+
+
+__all__ = ["ZOModule", "load_inside", "loaded"]

@@ -1,0 +1,72 @@
+"""Parameter groups over the head, each with a learning rate and a weight decay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+from torch import Tensor
+
+from elasticzo.module import ZOModule
+from elasticzo.settings import check_saved
+
+
+def check_rates(groups: Sequence[Mapping[str, Any]]) -> None:
+    for group in groups:
+        lr, decay = group["lr"], group["weight_decay"]
+        if not (_is_rate(lr) and _is_rate(decay)):
+            raise ValueError(
+                f"lr and weight_decay must be numbers or 0-d tensors >= 0, got {lr!r} and {decay!r}"
+            )
+
+
+def _is_rate(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.dim() == 0 and float(value) >= 0.0
+    return isinstance(value, Real) and not isinstance(value, bool) and float(value) >= 0.0
+
+
+def check_groups(of: str, saved: Any) -> None:
+    """Groups of a state, which may have what a schedule keeps in them, too."""
+    if not isinstance(saved, (list, tuple)):
+        raise ValueError(f"param_groups of a state of {of} must be a list, got {saved!r}")
+    for i, group in enumerate(saved):
+        entries = ("params", "lr", "weight_decay")
+        check_saved(f"{of}, param_groups[{i}],", group, entries, {}, more=True)
+        if not isinstance(group["params"], (list, tuple)):
+            raise ValueError(f"params of param_groups[{i}] must be a list, got {group['params']!r}")
+    check_rates(saved)
+
+
+def check_member(of: str, group: dict[str, Any], model: ZOModule) -> list[Tensor]:
+    """The parameters of a group, all of the head."""
+    params = group["params"]
+    params = [params] if isinstance(params, Tensor) else list(params)
+    head = {id(p) for p in model.head_parameters()}
+    if any(id(p) not in head for p in params):
+        raise ValueError(f"{of} has a parameter that is not in the head")
+    return params
+
+
+def complete_groups(
+    model: ZOModule, groups: Sequence[dict[str, Any]] | None, defaults: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """The given groups, and one of all head parameters that are in none of them."""
+    complete, taken = [], set()
+    for i, group in enumerate(groups or []):
+        if not isinstance(group, dict) or "params" not in group:
+            raise TypeError(f"groups[{i}] must be a dictionary with 'params', got {group!r}")
+        unknown = set(group) - {"params", "name", *defaults}
+        if unknown:
+            raise ValueError(f"groups[{i}] has unknown keys {sorted(unknown)}")
+        params = check_member(f"groups[{i}]", group, model)
+        taken |= {id(p) for p in params}
+        complete.append({**group, "params": params})
+    rest = [p for p in model.head_parameters() if id(p) not in taken]
+    if rest or not complete:
+        complete.append({"params": rest})
+    return complete
+
+
+__all__ = ["check_groups", "check_member", "check_rates", "complete_groups"]

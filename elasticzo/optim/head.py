@@ -1,0 +1,341 @@
+"""Optimisers of the head: a `torch.optim.Optimizer` over it, for any rule."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elasticzo.directions import Move
+from elasticzo.head import Target
+from elasticzo.losses import check_losses
+from elasticzo.module import ZOModule
+from elasticzo.optim.groups import check_groups, check_member, check_rates, complete_groups
+from elasticzo.optim.step import Log, Step
+from elasticzo.session import REPLACED, Pending
+from elasticzo.settings import check_saved
+from zo_kernels import RULES
+
+FORMAT = "elasticzo-trajectory-1"
+_COARSE = (
+    "the losses are {}: what L+ and L- differ by may be less than one rounding of them; compute "
+    "them in float32, as by pair_losses(loss, outputs.float(), ...)"
+)
+
+
+class HeadOptimizer(Step, torch.optim.Optimizer):  # type: ignore[misc]  # of `step`
+    """`w <- rule(w, sum_q clip(g_q, +-clip) / Q * s z_q + weight_decay * w)` on the head.
+
+    One launch, one read and one write of every weight and of what the rule keeps for it; nothing
+    waits for the device. `state[p]` is as torch's optimisers keep it.
+
+    Attributes:
+        rule: one of `zo_kernels.RULES`. A subclass names it, and says what its numbers are.
+    """
+
+    rule = "sgd"
+
+    def __init__(
+        self,
+        model: ZOModule,
+        defaults: dict[str, Any],
+        groups: Sequence[dict[str, Any]] | None,
+        clip: float | None,
+        defer: bool,
+    ) -> None:
+        if not isinstance(model, ZOModule) or model.integer:
+            raise TypeError(f"model must be an ElasticZO, got {type(model).__name__}")
+        if clip is not None and not clip > 0.0:
+            raise ValueError(f"clip must be > 0 or None, got {clip}")
+        self.model, self.clip, self.defer = model, clip, defer
+        self.log: Log | None = None
+        self._last_read_skips = 0
+        self._warned = False  # of losses that are too coarse
+        self._cached: tuple[Any, list[Target]] | None = None
+        self._parts: tuple[list[Target], list[int], list[int], list[Target]] | None = None
+        self._settings: dict[str, tuple[Tensor, list[Any]]] = {}
+        super().__init__(complete_groups(model, groups, defaults), defaults)
+        check_rates(self.param_groups)
+        self._known = {id(p) for group in self.param_groups for p in group["params"]}
+        model.session.skips.zero_()
+        shape, device = model.queries, model.session.device
+        self.projected_gradient = torch.zeros(shape, dtype=torch.float64, device=device)
+
+    # ---- the rule
+
+    def numbers(self, group: dict[str, Any]) -> list[float]:
+        """The numbers of a group that the rule reads, besides lr and weight_decay."""
+        return []
+
+    def take_numbers(self, group: dict[str, Any], numbers: Sequence[float]) -> None:
+        """Set them, as a log has them."""
+
+    def settings(self, targets: Sequence[Target], found: Tensor) -> Tensor | None:
+        """The rule's numbers, `[T, n]` float64, a row a target."""
+        if not RULES[self.rule].settings:
+            return None
+        groups = self._numbers()
+        return torch.stack([groups[t.group] for t in targets])
+
+    def _numbers(self) -> Tensor:
+        """Of all groups, `[G, n]`."""
+        flat = [number for group in self.param_groups for number in self.numbers(group)]
+        return self._on_device("numbers", flat).view(len(self.param_groups), -1)
+
+    def state_of(self, p: Tensor) -> tuple[Tensor, ...]:
+        """What the rule keeps for a weight, made when it is first asked for."""
+        names = RULES[self.rule].state
+        if not names:
+            return ()
+        state = self.state[p]
+        for name in names:
+            if name not in state:
+                state[name] = torch.zeros_like(p)
+        return tuple(state[name] for name in names)
+
+    # ---- the update
+
+    @torch.no_grad()
+    def update_from(self, losses: Tensor, found: Tensor) -> None:
+        """The update of a step alone, from the losses of its points: what a replay does."""
+        estimator = self.model.estimator
+        if not self.model.cut.everything:
+            g = estimator.project(losses, self.model.session.eps)
+            self._update(estimator.coefficients(g, self.clip), found)
+
+    def _update(self, a: Tensor, found: Tensor) -> None:
+        model, targets = self.model, self._targets()
+        rates, decays = self.rates()
+        settings = self.settings(targets, found)
+        move = Move(model.session.key, a, rates, decays, found, self.rule, settings)
+        if self.defer:
+            targets, move = self._wait(targets, move)
+        if targets:
+            model.estimator.direction.update_(targets, move, model.backend)
+
+    def _wait(self, targets: list[Target], move: Move) -> tuple[list[Target], Move]:
+        """Leave the update to the next forward; what cannot wait (embeddings with a row that
+        stays) is returned."""
+        if self._parts is None or self._parts[0] is not targets:
+            now = [i for i, t in enumerate(targets) if t.head.still_row is not None]
+            later = [i for i, t in enumerate(targets) if t.head.still_row is None]
+            self._parts = (targets, now, later, [targets[i] for i in later])
+        _, now, later, waiting = self._parts
+        session, delayed = self.model.session, move.of(later)
+        if session.pending is None or session.pending.targets is not waiting:
+            session.flush()
+            direction = self.model.estimator.direction
+            session.pending = Pending(waiting, direction, delayed, self.model.backend)
+        session.pending.put(delayed)
+        return [targets[i] for i in now], move.of(now)
+
+    def _targets(self) -> list[Target]:
+        """Head parameters with their group. Those of scale 0 take no part, unless weight decay is
+        to shrink them."""
+        decays = tuple(float(group["weight_decay"]) for group in self.param_groups)
+        members = tuple(tuple(map(id, group["params"])) for group in self.param_groups)
+        if self._cached is None or self._cached[0] != (decays, members):
+            self._cached = ((decays, members), self._find_targets(decays))
+        return self._cached[1]
+
+    def _find_targets(self, decays: tuple[float, ...]) -> list[Target]:
+        group_of = {id(p): i for i, g in enumerate(self.param_groups) for p in g["params"]}
+        found = []
+        for head, p in self.model.head:
+            group = group_of.get(id(p))
+            if group is None:
+                raise RuntimeError(REPLACED.format(head.name))
+            if head.scale != 0.0 or decays[group] != 0.0:
+                found.append(Target(p, head, group, self.state_of(p)))
+        return found
+
+    def _take(self, losses: Any) -> Tensor:
+        model = self.model
+        if losses is None:
+            raise TypeError("zo.step needs the losses of the halves: zo.step(losses)")
+        if callable(losses):
+            raise TypeError("zo.step takes losses, not a closure")
+        if not isinstance(losses, Tensor):
+            losses = torch.as_tensor(losses, dtype=torch.float64)
+        losses = losses.detach()
+        if not losses.is_floating_point():
+            losses = losses.to(torch.float64)
+        check_losses(losses, model.halves)
+        if losses.dtype.itemsize < 4 and not (self._warned or model.cut.everything):
+            self._warned = True
+            warnings.warn(_COARSE.format(losses.dtype), stacklevel=5)  # torch wraps `step` twice
+        on_device: Tensor = losses.to(model.session.device, non_blocking=True)
+        return on_device
+
+    def _check_ready(self) -> None:
+        self.model.session.check_ready(self.model.head, self._known)
+
+    def rates(self) -> tuple[Tensor, Tensor]:
+        """Learning rates and weight decays of the groups: `[G]` float64 on the device."""
+        names = ("lr", "weight_decay")
+        lr, decay = (self._on_device(n, [g[n] for g in self.param_groups]) for n in names)
+        return lr, decay
+
+    def _on_device(self, name: str, values: list[Any]) -> Tensor:
+        """Numbers of the groups as one device tensor, written again only when one changed."""
+        kept, kept_values = self._settings.get(name, (None, None))
+        device = self.model.session.device
+        if any(isinstance(v, Tensor) for v in values):
+            # Tensors are read on the device at every step: a schedule moves them in place.
+            wide = [torch.as_tensor(v, dtype=torch.float64, device=device) for v in values]
+            return torch.stack(wide)
+        if kept is None or kept.device != device or len(kept) != len(values):
+            kept = torch.tensor(values, dtype=torch.float64, device=device)
+        elif kept_values != values:
+            for i, value in enumerate(values):
+                kept[i].fill_(value)  # a launch with the number in it: nothing is copied, or waits
+        self._settings[name] = (kept, values)
+        return kept
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """torch builds the groups by it; parameters outside of the head are refused."""
+        params = check_member("param_group", param_group, self.model)
+        super().add_param_group({**param_group, "params": params})
+
+    # ---- what happened
+
+    @property
+    def skipped(self) -> int:
+        """Steps skipped for losses that were not finite. Reads the device; warns of new ones."""
+        count = int(self.model.session.skips)
+        if count > self._last_read_skips:
+            warnings.warn(
+                f"{count - self._last_read_skips} zeroth-order step(s) were skipped: a loss was "
+                "NaN or infinite",
+                stacklevel=2,
+            )
+        self._last_read_skips = count
+        return count
+
+    def header(self) -> dict[str, Any]:
+        """All that a replay depends on; the parameters as they are updated."""
+        model = self.model
+        model.flush()
+        head = [
+            {
+                "name": t.head.name,
+                "index": t.head.index,
+                "group": t.group,
+                "scale": t.head.scale,
+                "still_row": t.head.still_row,
+            }
+            for t in self._targets()
+        ]
+        return {
+            "format": FORMAT,
+            "seed": model.seed,
+            "start": model.step_index,
+            **self._run(),
+            "head": head,
+            "backend": model.backend,
+        }
+
+    def fields(self) -> dict[str, tuple[int | None, type]]:
+        groups = len(self.param_groups)
+        found: dict[str, tuple[int | None, type]] = {
+            "step": (None, int),
+            "lr": (groups, float),
+            "weight_decay": (groups, float),
+            "losses": (self.model.halves, float),
+            "skipped": (None, int),
+        }
+        if RULES[self.rule].settings:
+            found["numbers"] = (self._numbers().numel(), float)
+        return found
+
+    def entry(self, step: Tensor, found: Tensor, losses: Tensor) -> dict[str, Any]:
+        lr, decay = self.rates()
+        of_step = {"step": step, "lr": lr, "weight_decay": decay}
+        of_step |= {"losses": losses, "skipped": found}
+        return of_step | ({"numbers": self._numbers()} if RULES[self.rule].settings else {})
+
+    # ---- state
+
+    def _run(self) -> dict[str, Any]:
+        """What must be the same when a run goes on: of the step as it is, and of one that is not
+        the paper's, its estimator and rule."""
+        model, estimator = self.model, self.model.estimator
+        found = {
+            "eps": model.session.scale,
+            "noise": estimator.noise,
+            "queries": model.queries,
+            "clip": self.clip,
+        }
+        if estimator.name != "spsa":
+            found["estimator"] = estimator.describe()
+        if self.rule != "sgd":
+            found["rule"] = self.rule
+        return found
+
+    def _fixed(self) -> dict[str, Any]:
+        scales = {name: head.scale for name, head in self.model.head.parameters.items()}
+        return self._run() | {"scale": scales}
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's state, and under "zo" what the next step depends on: seed, step, settings."""
+        model = self.model
+        model.flush()
+        state = super().state_dict()
+        here = {"seed": model.seed, "step": model.step_index, **model.session.saved()}
+        state["zo"] = here | self._fixed()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue a run: the noise goes on where it stood.
+
+        Raises: ValueError where an entry is missing, unknown or out of range, or where the groups,
+            eps, noise, queries, clip or scale are not those of the saved run; nothing is loaded
+            then.
+        """
+        of, model = type(self).__name__, self.model
+        fixed: dict[str, Any] = {} if RULES[self.rule].state else {"state": {}}
+        check_saved(of, state_dict, ("state", "param_groups", "zo"), fixed, more=True)
+        saved, now = state_dict["zo"], self._fixed()
+        numbers = ("seed", "step", *model.session.saved())
+        check_saved(f"{of} under 'zo'", saved, (*numbers, *now), now)
+        model.session.check(saved)
+        check_groups(of, state_dict["param_groups"])
+        self._check_state(of, state_dict["state"])
+        model.flush()
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "zo"})
+        for state in self.state.values():  # torch may share the tensors of what was given
+            state |= {k: v.to(model.session.device, copy=True) for k, v in state.items()}
+        self._cached = None
+        model.go_to(saved["seed"], saved["step"])
+        model.session.load(saved)
+        self._last_read_skips = saved["skipped"]
+
+    def _check_state(self, of: str, state: Any) -> None:
+        """Of every weight that has a state, all that the rule keeps."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        for at, kept in state.items():
+            entries = [*self.counted, *RULES[self.rule].state]
+            check_saved(f"{of}, state[{at}],", kept, entries, {})
+            shapes = [torch.Size()] * len(self.counted) + [params[at].shape] * len(entries)
+            for name, shape in zip(entries, shapes, strict=False):
+                if not isinstance(kept[name], Tensor) or kept[name].shape != shape:
+                    came = getattr(kept[name], "shape", kept[name])
+                    wanted = f"a tensor of shape {list(shape)}"
+                    raise ValueError(f"{name} of state[{at}] must be {wanted}, got {came}")
+
+    counted: tuple[str, ...] = ()  # what `state_of` keeps besides
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy writes no log, and finds its own parameters; a scheduler's patch of `step` stays.
+        left: dict[str, Any] = {"log": None, "_cached": None, "_parts": None, "_known": set()}
+        return {k: v for k, v in self.__dict__.items() if k != "step"} | left
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._known = {id(p) for group in self.param_groups for p in group["params"]}
+
+
+__all__ = ["FORMAT", "HeadOptimizer"]

@@ -1,0 +1,77 @@
+"""Making the steps of a log again: the optimiser that the log names, given what it was given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from elasticzo.module import ZOModule
+from elasticzo.optim import OPTIMIZERS
+from elasticzo.optim.head import FORMAT, HeadOptimizer
+from zo_kernels import RULES
+
+
+def replayer(model: ZOModule, header: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], None]:
+    """What makes a step again from its record; the optimiser's state begins at zero.
+
+    Raises: ValueError where the log is not of this model.
+    """
+    if header["format"] != FORMAT:
+        raise ValueError(f"expected a log of format {FORMAT}, got {header['format']!r}")
+    zo = _optimizer(model, header)
+    device = model.session.device
+
+    def make_again(record: Mapping[str, Any]) -> None:
+        rates, numbers = record["lr"], record.get("numbers", [])
+        width = len(numbers) // len(rates)
+        for i, group in enumerate(zo.param_groups[: len(rates)]):
+            group["lr"], group["weight_decay"] = rates[i], record["weight_decay"][i]
+            if width:
+                zo.take_numbers(group, numbers[i * width : (i + 1) * width])
+        found = torch.tensor(float(record["skipped"]), device=device)
+        losses = torch.tensor(record["losses"], dtype=torch.float64, device=device)
+        zo.update_from(losses, found)
+
+    return make_again
+
+
+def _optimizer(model: ZOModule, header: Mapping[str, Any]) -> HeadOptimizer:
+    """As the run had it: its groups hold the weights that the log updates."""
+    names = dict(model.named_head_parameters())
+    logged = header["head"]
+    missing = [h["name"] for h in logged if h["name"] not in names]
+    if missing:
+        raise ValueError(f"the log updates {missing[0]!r}, which is not in this model's head")
+    if header["backend"] != model.backend:
+        raise ValueError(
+            f"the log was made on backend {header['backend']!r}, this model runs "
+            f"{model.backend!r}: give backend={header['backend']!r}"
+        )
+    rule = header.get("rule", "sgd")
+    if RULES[rule].state and header["start"] != 0:
+        raise ValueError(
+            f"the log begins at step {header['start']}, where the state of its rule ({rule}) was "
+            "not zero: it cannot be replayed from its header"
+        )
+    count = 1 + max((h["group"] for h in logged), default=0)
+    groups = [[names[h["name"]] for h in logged if h["group"] == i] for i in range(count)]
+    how: dict[str, Any] = {"momentum": 0.5} if rule == "momentum" else {}  # each record has its own
+    zo = OPTIMIZERS[rule](
+        model, lr=0.0, groups=[{"params": g} for g in groups], clip=header["clip"], **how
+    )
+    ours = zo.header()
+    kept = ("eps", "noise", "queries", "estimator")
+    different = [k for k in kept if header.get(k) != ours.get(k)]
+    mine = {h["name"]: (h["index"], h["scale"], h["still_row"]) for h in ours["head"]}
+    for h in logged:
+        at = (h["index"], h["scale"], h["still_row"])
+        if mine.get(h["name"], at) != at:
+            different.append(f"index, scale or padding row of {h['name']!r}")
+    if different:
+        raise ValueError(f"the log is of another model: {', '.join(different)} differ")
+    return zo
+
+
+__all__ = ["replayer"]

@@ -1,0 +1,94 @@
+"""The zeroth-order step, the same for floats and integers: losses in, the next `z` out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from elasticzo.module import ZOModule
+
+
+class Log(Protocol):
+    """What is told of every step."""
+
+    def record(self, step: Mapping[str, Any]) -> None: ...
+
+
+class Step:
+    """One zeroth-order step. What a subclass adds is its rule.
+
+    Attributes:
+        model: whose head it trains.
+        clip: bound on |g_q|; None is unbounded.
+        log: a trajectory log, if one is attached.
+        projected_gradient: `[Q]`, of the last step.
+    """
+
+    model: ZOModule
+    clip: float | None = None
+    log: Log | None = None
+    projected_gradient: Tensor
+
+    @torch.no_grad()
+    def step(self, losses: Any = None) -> None:
+        """Update the head from the losses of the halves, and go on to the next `z`.
+
+        Losses that are not finite skip the step: weights, and buffers since the last step, are
+        bit-identical to before; `skipped` counts it.
+
+        Args:
+            losses: `[2Q]` scalars of any origin, one a point of the forward; the mean over
+                micro-batches where there were more.
+        Raises: RuntimeError without a forward since the last step, or when a parameter was replaced
+            or moved since; ValueError for another number of losses.
+        """
+        model, session = self.model, self.model.session
+        losses = self._take(losses)  # L+ and L-, of w + eps z and w - eps z
+        self._check_ready()
+        found = session.not_finite(losses)
+        if model.cut.everything:  # Full BP: nothing is perturbed
+            self.projected_gradient.zero_()
+        else:
+            g = model.estimator.project(losses, session.eps)  # (L+ - L-) / (2 eps)
+            a = model.estimator.coefficients(g, self.clip)  # clip(g) / Q
+            self._update(a, found)  # w <- rule(w, sum_q a_q s z_q)
+            self.projected_gradient = g
+        if self.log is not None:
+            self.log.record(self.entry(session.key[1], found, losses))
+        model.end_step(found)  # the next z
+
+    def attach(self, log: Log | None) -> None:
+        """Write every step from now on to a trajectory log (None detaches)."""
+        self.log = log
+
+    def _take(self, losses: Any) -> Tensor:
+        """The losses, checked, on the device."""
+        raise NotImplementedError
+
+    def _check_ready(self) -> None:
+        self.model.session.check_ready(self.model.head)
+
+    def _update(self, a: Tensor, found: Tensor) -> None:
+        """Move the weights by the coefficients `[Q]`, unless `found`."""
+        raise NotImplementedError
+
+    # ---- the log
+
+    def header(self) -> dict[str, Any]:
+        """All that a replay depends on."""
+        raise NotImplementedError
+
+    def fields(self) -> dict[str, tuple[int | None, type]]:
+        """Entries of a step that live on the device: how many numbers (None: one alone), and of
+        what kind."""
+        raise NotImplementedError
+
+    def entry(self, step: Tensor, found: Tensor, losses: Tensor) -> dict[str, Any]:
+        """What a log is told of a step: the fields as tensors, and what the host knows."""
+        raise NotImplementedError
+
+
+__all__ = ["Log", "Step"]
