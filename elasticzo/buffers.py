@@ -103,14 +103,3 @@ def set_generator_state(device: torch.device, state: Tensor) -> None:
         torch.cuda.set_rng_state(state, device)
     else:
         torch.set_rng_state(state)
-
-
-__all__ = [
-    "BufferSlot",
-    "BufferSnapshot",
-    "address",
-    "all_buffers",
-    "generator_state",
-    "has_values",
-    "set_generator_state",
-]

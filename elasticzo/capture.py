@@ -305,6 +305,3 @@ def _drawing_modules(model: nn.Module, inputs: tuple[Any, ...]) -> list[str]:
         for handle in handles:
             handle.remove()
     return found
-
-
-__all__ = ["CapturedStep", "capture_step"]

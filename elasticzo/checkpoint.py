@@ -16,8 +16,6 @@ from torch import Tensor
 
 from elasticzo.files import write_whole
 
-__all__ = ["load_checkpoint", "save_checkpoint"]
-
 FORMAT = "elasticzo-checkpoint"
 VERSION = 1
 SCALARS = (str, int, float, bool, type(None))

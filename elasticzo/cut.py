@@ -144,6 +144,3 @@ def _last_layers(model: nn.Module, count: int) -> set[str]:
     if "" in behind:  # the model is a layer itself
         return {name for name, _ in model.named_modules(remove_duplicate=False)}
     return {inner for name in behind for inner in _with_children(model, name)}
-
-
-__all__ = ["Cut", "Tail", "resolve_cut"]

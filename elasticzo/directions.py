@@ -250,6 +250,3 @@ class LowRank(Direction):
             z = kept[query]
             out[place] = w.detach() + z * (sign * eps * head.scale).to(z.dtype)
         return out
-
-
-__all__ = ["Dense", "Direction", "LowRank", "Move"]

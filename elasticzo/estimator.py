@@ -129,6 +129,3 @@ ESTIMATORS: dict[str, Callable[..., Estimator]] = {
     "one_sided": one_sided,
     "low_rank": low_rank,
 }
-
-
-__all__ = ["ESTIMATORS", "Estimator", "low_rank", "one_sided", "spsa"]

@@ -105,6 +105,3 @@ def resolve_scale(names: Sequence[str], scale: Mapping[str, float] | None) -> di
         check_number(f"scale of {pattern!r}", s, expected, lambda v: 0.0 <= v < float("inf"))
         found |= dict.fromkeys(matched, float(s))
     return found
-
-
-__all__ = ["Head", "HeadParameter", "Slot", "Target", "resolve_scale", "slots_of"]

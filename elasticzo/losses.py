@@ -143,6 +143,3 @@ def all_finite(losses: Tensor, source: str | Tensor = "mean") -> Tensor:
     """Whether the losses are finite, and that of the clean pass, where there is one: `[]` bool."""
     finite = torch.isfinite(losses.detach()).all()
     return finite & torch.isfinite(source.detach()).all() if isinstance(source, Tensor) else finite
-
-
-__all__ = ["SIDES", "all_finite", "check_losses", "pair_losses", "select_source"]

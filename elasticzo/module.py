@@ -178,6 +178,3 @@ def loaded(wrapper: nn.Module, incompatible_keys: Any) -> None:
     model = wrapper.get_submodule("module")
     for hook in model._load_state_dict_post_hooks.values():
         hook(model, incompatible_keys)
-
-
-__all__ = ["ZOModule", "load_inside", "loaded"]

@@ -49,6 +49,3 @@ def two_sided(queries: int) -> Points:
 def plus_sides(queries: int) -> Points:
     """`w`, and the + side of every query."""
     return Points(range(0, 2 * queries, 2), base=True)
-
-
-__all__ = ["CLEAN", "Points", "plus_sides", "two_sided"]

@@ -302,6 +302,3 @@ class Pending:
         self.move.skip.fill_(1.0)
         if not to_come:
             self.left = {}
-
-
-__all__ = ["FLAGS", "REPLACED", "TENSORS", "Kept", "Pending", "Session", "flush_others"]

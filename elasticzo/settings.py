@@ -141,18 +141,3 @@ def refuse_sharded(name: str, p: Tensor) -> None:
             f"ElasticZO does not support sharded parameters yet: {name!r} is a {type(p).__name__} "
             "(FSDP); wrap the unsharded model"
         )
-
-
-__all__ = [
-    "check_budget",
-    "check_integer",
-    "check_long",
-    "check_noise",
-    "check_number",
-    "check_queries",
-    "check_saved",
-    "check_settings",
-    "check_state_tensors",
-    "refuse_sharded",
-    "refuse_wrapped",
-]

@@ -184,13 +184,3 @@ def replay(path: str | Path, model: ZOModule, steps: int | None = None) -> int:
         expected += 1
     model.go_to(int(header["seed"]), expected)
     return expected
-
-
-__all__ = [
-    "TrajectoryLog",
-    "append_records",
-    "open_log",
-    "package_versions",
-    "read_trajectory",
-    "replay",
-]

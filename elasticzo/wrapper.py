@@ -245,6 +245,3 @@ class ElasticZO(ZOModule):
     def _ddp_params_and_buffers_to_ignore(self) -> Sequence[str]:
         refuse_wrapped("DistributedDataParallel")
         return []
-
-
-__all__ = ["ElasticZO"]

@@ -90,15 +90,3 @@ def patches(x: Tensor, kernel: tuple[int, int], geo: Geometry) -> Tensor:
         (t_c, t_h * d_h, t_w * d_w, t_b, t_h * s_h, t_w * s_w),
     )
     return view.reshape(x.shape[1] * kernel[0] * kernel[1], -1)
-
-
-__all__ = [
-    "Geometry",
-    "Pair",
-    "conv_size",
-    "empty_output",
-    "empty_product",
-    "geometry",
-    "kernel_size",
-    "patches",
-]

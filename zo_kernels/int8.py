@@ -137,30 +137,3 @@ def check_target(target: Tensor, classes: int) -> None:
     if target.numel() and not 0 <= int(target.min()) <= int(target.max()) < classes:
         bad = target[(target < 0) | (target >= classes)][0]
         raise ValueError(f"target must be in [0, {classes}), got {int(bad)}")
-
-
-__all__ = [
-    "BAD_LABEL",
-    "ERROR_BITS",
-    "ERROR_EXPONENT",
-    "FACTORS",
-    "LIMIT",
-    "LOG2_E",
-    "LOG2_E_BITS",
-    "MAX_BATCH",
-    "MAX_EXPONENT",
-    "MAX_FRACTION_BITS",
-    "MIN_EXPONENT",
-    "ONE_BITS",
-    "ROUNDINGS",
-    "check_exponent",
-    "check_halves",
-    "check_logits",
-    "check_rounding",
-    "check_sparse",
-    "check_target",
-    "dense",
-    "half_shape",
-    "sparse_constants",
-    "update_shift",
-]

@@ -135,20 +135,3 @@ def _layout(shape: tuple[int, ...], strides: tuple[int, ...]) -> Layout | None:
                 return None
     s_row = strides[0] if rows > 1 else 0
     return Layout(rows, cols, max(inner, 1), s_row, s_outer, strides[1] if inner > 1 else 1)
-
-
-__all__ = [
-    "PER_CALL",
-    "PURPOSES",
-    "SAMPLE_DTYPES",
-    "Layout",
-    "Shape",
-    "channels_last",
-    "check_groups",
-    "dense",
-    "empty_halves",
-    "groups_per_row",
-    "layout_of",
-    "rows_cols",
-    "to_shape",
-]

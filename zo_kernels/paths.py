@@ -148,6 +148,3 @@ def choose(work: Work, index: int | None = None) -> str:
     """
     predicted = seconds(work, _device(index))
     return "fused" if predicted["fused"] <= predicted["staged"] else "staged"
-
-
-__all__ = ["PATHS", "Device", "Work", "choose", "device_named", "seconds"]

@@ -282,24 +282,3 @@ def check_in_place(name: str, w: Tensor) -> None:
             f"{name} is changed in place and must not be expanded, got shape {list(w.shape)} "
             f"with strides {list(w.stride())}"
         )
-
-
-__all__ = [
-    "BACKENDS",
-    "MAX_QUERIES",
-    "NOISES",
-    "OUT_DTYPES",
-    "PRODUCT_DTYPES",
-    "WEIGHT_DTYPES",
-    "check_in_place",
-    "check_indices",
-    "check_key",
-    "check_noise",
-    "check_tensor",
-    "has_numba",
-    "has_triton",
-    "implementation",
-    "interpreted",
-    "op",
-    "resolve_backend",
-]

@@ -114,6 +114,3 @@ def write_back(tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
     for t, copied in zip(tensors, copies, strict=True):
         if copied is not t:
             t.copy_(copied)
-
-
-__all__ = ["RULES", "By", "Rule", "check_rule", "kept_of", "walked", "write_back"]

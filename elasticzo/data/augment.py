@@ -13,8 +13,6 @@ from torch import Tensor
 
 from zo_kernels import sample
 
-__all__ = ["augment_clouds"]
-
 # Of the stream "data"; the order of an epoch is tensor 0.
 CLOUD, POINT = 1, 2
 LEVELS = 1 << 16  # a random number is one of so many, so that a table of them serves every device

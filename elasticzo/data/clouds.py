@@ -13,8 +13,6 @@ from torch import Tensor
 from elasticzo.data.download import import_data_extra
 from elasticzo.data.order import shuffled
 
-__all__ = ["CLOUD_SETS", "CloudData", "load_clouds", "load_modelnet10", "load_modelnet40"]
-
 CLOUD_SETS = ("modelnet10", "modelnet40")
 
 

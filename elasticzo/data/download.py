@@ -12,17 +12,6 @@ from pathlib import Path
 from types import ModuleType
 from uuid import uuid4
 
-__all__ = [
-    "FASHION_MNIST_SHA256",
-    "FASHION_MNIST_URL",
-    "MNIST_SHA256",
-    "MNIST_URL",
-    "DownloadError",
-    "download_fashion_mnist",
-    "download_file",
-    "download_mnist",
-]
-
 MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 FASHION_MNIST_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 

@@ -22,15 +22,6 @@ from elasticzo.data.download import (
 from elasticzo.data.idx import read_idx
 from elasticzo.data.order import shuffled
 
-__all__ = [
-    "IMAGE_SETS",
-    "ImageData",
-    "load_digits",
-    "load_fashion_mnist",
-    "load_images",
-    "load_mnist",
-]
-
 IMAGE_SETS = ("digits", "mnist", "fashion-mnist")
 
 

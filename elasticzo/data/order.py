@@ -8,8 +8,6 @@ from torch import Tensor
 
 from zo_kernels import sample
 
-__all__ = ["epoch_order", "shuffled"]
-
 
 def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
     """A permutation of `0 .. n - 1`, so that a run can go on in the middle of an epoch.

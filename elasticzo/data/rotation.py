@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["rotate_images"]
-
 CHUNK = 4096  # images at a time: their grid of float64 places stays small
 
 

@@ -114,6 +114,3 @@ def _record(
         recorder.attach(stack)
         engine.run(points, args, kwargs)
     return recorder.outputs
-
-
-__all__ = ["check_stacked"]

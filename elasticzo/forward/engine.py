@@ -279,6 +279,3 @@ def _call(
 
 
 _call_untraced: Callable[..., Any] = torch.compiler.disable(_call)  # type: ignore[no-untyped-call]
-
-
-__all__ = ["DRAWS", "Engine"]

@@ -61,6 +61,3 @@ def check_generator(current: Pass) -> None:
     assert current.generator_state is not None
     if not torch.equal(generator_state(current.key.device), current.generator_state):
         raise UsesGenerator
-
-
-__all__ = ["NotByHalf", "UsesGenerator", "check_generator", "each_half", "run_stacked"]

@@ -157,6 +157,3 @@ class Pass:
         at = (id(module), self.half)
         self.calls[at] = self.calls.get(at, -1) + 1
         return self.calls[at]
-
-
-__all__ = ["Follow", "Layer", "Pass"]

@@ -187,6 +187,3 @@ def owner_of(plan: Plan, parameter: str) -> str:
         if any(head.name == parameter for _, _, head in layer.swaps):
             return name
     return parameter.rpartition(".")[0]
-
-
-__all__ = ["Plan", "build_plan", "head_of", "owner_of", "promote"]

@@ -73,12 +73,3 @@ def vendor_precision(device: torch.device, wanted: str | None) -> Iterator[None]
     finally:
         for backend, value in zip(backends, before, strict=True):
             backend.fp32_precision = value
-
-
-__all__ = [
-    "COMPUTE_DTYPES",
-    "compute_dtype",
-    "parse_compute_dtype",
-    "precision_of",
-    "vendor_precision",
-]

@@ -200,6 +200,3 @@ def _room(params: Sequence[Tensor], count: int, dtype: torch.dtype | None) -> li
         strides = p.stride() if p.is_contiguous() else torch.empty_like(p, device="meta").stride()
         outs.append(memory.as_strided((count, *p.shape), (p.numel(), *strides), place))
     return outs
-
-
-__all__ = ["Staging"]

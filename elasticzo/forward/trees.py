@@ -179,19 +179,3 @@ def unstack_outputs(tree: Any, n: int) -> Any:
         return x.reshape(n, x.shape[0] // n, *x.shape[1:])
 
     return pytree.tree_map(split, tree)
-
-
-__all__ = [
-    "InputsStay",
-    "Unbatched",
-    "check_leaves",
-    "has_tensor",
-    "join",
-    "same_plain",
-    "split_half",
-    "stack_inputs",
-    "stack_leaves",
-    "strip",
-    "unbatched",
-    "unstack_outputs",
-]

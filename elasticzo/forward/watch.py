@@ -128,6 +128,3 @@ class _Reads(TorchFunctionMode):
 def _tf32(t: Tensor) -> Tensor:
     """What tensor cores read of fp32: a mantissa of 10 bits."""
     return t.contiguous().view(torch.int32) & -0x2000
-
-
-__all__ = ["Watch"]

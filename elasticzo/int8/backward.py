@@ -204,6 +204,3 @@ def _bit_length(v: Tensor) -> Tensor:
         step = ((v >> k) > 0).to(torch.int64) * k
         n, v = n + step, v >> step
     return n + v
-
-
-__all__ = ["aligned_sum", "half_gradients", "part_of"]

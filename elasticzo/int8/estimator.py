@@ -58,6 +58,3 @@ def signs(r_max: int, p_zero: float, queries: int, backend: str) -> Estimator:
     sign = partial(sign_difference, backend=backend)
     points = two_sided(queries)
     return Estimator("signs", Sparse(r_max, p_zero), queries, points, sign, SIDES, average=False)
-
-
-__all__ = ["Sparse", "sign_difference", "signs"]

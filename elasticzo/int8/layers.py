@@ -103,6 +103,3 @@ class Block:
     relu: bool = False
     pools: list[Pool] = field(default_factory=list)
     flatten: bool = False
-
-
-__all__ = ["Block", "Int8Layer", "Pool"]

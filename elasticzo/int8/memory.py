@@ -82,6 +82,3 @@ def _held(twin: ElasticZOInt8, tracker: Tracker, x: Int8Tensor) -> Int8Tensor:
     tracker.note((list(twin.parameters()), list(twin.buffers())), "weights")
     tracker.note(_parts(x), "inputs")
     return x
-
-
-__all__ = ["int8_inference_memory", "int8_training_memory"]

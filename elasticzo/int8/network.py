@@ -222,6 +222,3 @@ def _stage(name: str, module: nn.Module) -> Pool | str | None:
         )
     stride = module.kernel_size if module.stride is None else module.stride
     return Pool(_pair(module.kernel_size), _pair(stride))
-
-
-__all__ = ["Int8Network"]

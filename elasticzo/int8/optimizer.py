@@ -178,6 +178,3 @@ def replayer(model: ZOModule, header: Mapping[str, Any]) -> Callable[[Mapping[st
             zo.update_by(signs)
 
     return make_again
-
-
-__all__ = ["FORMAT", "Int8ZO", "replayer"]

@@ -192,6 +192,3 @@ class Forward:
                 acc, halves=settings["stop"] - settings["start"], backend=self.backend
             )
         return acc, bits
-
-
-__all__ = ["Forward", "Kept", "Noise", "Tape"]

@@ -83,13 +83,3 @@ def check_state(state_dict: Mapping[str, Any], own: Mapping[str, Any]) -> None:
                 f"{name!r} must be one exponent in [{MIN_EXPONENT}, {MAX_EXPONENT}], got "
                 f"{value.tolist()}"
             )
-
-
-__all__ = [
-    "check_order",
-    "check_perturbation",
-    "check_settings",
-    "check_signs",
-    "check_state",
-    "check_tail",
-]

@@ -93,6 +93,3 @@ class Int8Tail:
         """
         check_saved("Int8Tail", state_dict, self.state_dict(), {"rounding": self.rounding})
         self.b_bp = state_dict["b_bp"]
-
-
-__all__ = ["Int8Tail"]

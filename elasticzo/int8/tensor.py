@@ -142,6 +142,3 @@ def check_input(x: Any, device: torch.device) -> None:
         check_range("the exponent of x", int(x.exponent))
         if x.q.numel() and int(x.q.amin()) < -LIMIT:
             raise ValueError("q of x must be in [-127, 127], got -128")
-
-
-__all__ = ["Int8Tensor", "check_input", "quantize", "quantize_weight"]

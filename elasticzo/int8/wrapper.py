@@ -282,6 +282,3 @@ class ElasticZOInt8(ZOModule):
     def moved(self, device: torch.device) -> None:
         super().moved(device)
         self.forget_forwards()
-
-
-__all__ = ["ElasticZOInt8"]

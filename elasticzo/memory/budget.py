@@ -144,6 +144,3 @@ def _check_patterns(
                 raise ValueError(
                     f"{what} pattern {pattern!r} matches nothing of: {', '.join(names)}"
                 )
-
-
-__all__ = ["Candidate", "cuts", "fit_tail", "patterns_of", "price"]

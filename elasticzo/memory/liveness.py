@@ -277,6 +277,3 @@ def check_device(device: torch.device | str) -> torch.device:
     if (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {device}: torch sees {torch.cuda.device_count()} CUDA devices")
     return torch.device("cuda", device.index or 0)
-
-
-__all__ = ["STATE_TENSORS", "StepMemory", "inference_memory", "training_memory"]

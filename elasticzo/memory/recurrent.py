@@ -115,6 +115,3 @@ def _batch_major(t: Tensor | None) -> bool:
 def _laid_out(t: Tensor, batch_major: bool) -> Tensor:
     """`[T, B, ...]` with time or the batch outermost in memory."""
     return t.transpose(0, 1).contiguous().transpose(0, 1) if batch_major else t
-
-
-__all__ = ["LSTM", "LSTM_OPS", "lstm_inside"]

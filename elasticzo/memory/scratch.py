@@ -114,6 +114,3 @@ def allocations(run: Callable[[], object]) -> tuple[int, ...]:
     del kept
     events = (e for thread in records for e in thread if e.kind() == "memory_alloc")
     return tuple(e.cpu_memory_usage() for e in events)
-
-
-__all__ = ["SCRATCH_OPS", "allocations", "copies_inside", "peak_inside"]

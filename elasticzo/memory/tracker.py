@@ -151,6 +151,3 @@ def tracked(device: torch.device) -> Iterator[tuple[Tracker, FakeTensorMode]]:
     tracker, fake = Tracker(device), FakeTensorMode(allow_non_fake_inputs=True)
     with torch.random.fork_rng(devices=cuda), fake, tracker:
         yield tracker, fake
-
-
-__all__ = ["Peak", "Tracker", "tracked"]

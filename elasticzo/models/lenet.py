@@ -39,6 +39,3 @@ class LeNet5(nn.Sequential):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
                 assert module.bias is not None
                 nn.init.zeros_(module.bias)
-
-
-__all__ = ["LeNet5"]

@@ -50,6 +50,3 @@ class PointNet(nn.Sequential):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
                 assert module.bias is not None
                 nn.init.zeros_(module.bias)
-
-
-__all__ = ["PointNet"]

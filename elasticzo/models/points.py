@@ -10,6 +10,3 @@ class MaxPoints(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.amax(-1)
-
-
-__all__ = ["MaxPoints"]

@@ -57,6 +57,3 @@ class ResNet20(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.blocks(F.relu(self.bn(self.conv(x))))
         return self.fc(reduce(x, "b c h w -> b c", "mean"))  # type: ignore[no-any-return]
-
-
-__all__ = ["ResNet20"]

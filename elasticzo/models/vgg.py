@@ -42,6 +42,3 @@ class VGG11(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.features(x).flatten(1))  # type: ignore[no-any-return]
-
-
-__all__ = ["VGG11"]

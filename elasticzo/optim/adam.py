@@ -72,6 +72,3 @@ class ZOAdam(HeadOptimizer):
         torch._foreach_add_(steps, 1.0 - found)
         t = torch.stack(steps).to(torch.float64).unsqueeze(1)
         return torch.cat([rows[:, :3], 1.0 - rows[:, :2] ** t, rows[:, 3:]], 1)
-
-
-__all__ = ["ZOAdam"]

@@ -67,6 +67,3 @@ def complete_groups(
     if rest or not complete:
         complete.append({"params": rest})
     return complete
-
-
-__all__ = ["check_groups", "check_member", "check_rates", "complete_groups"]

@@ -336,6 +336,3 @@ class HeadOptimizer(Step, torch.optim.Optimizer):  # type: ignore[misc]  # of `s
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._known = {id(p) for group in self.param_groups for p in group["params"]}
-
-
-__all__ = ["FORMAT", "HeadOptimizer"]

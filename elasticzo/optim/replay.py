@@ -72,6 +72,3 @@ def _optimizer(model: ZOModule, header: Mapping[str, Any]) -> HeadOptimizer:
     if different:
         raise ValueError(f"the log is of another model: {', '.join(different)} differ")
     return zo
-
-
-__all__ = ["replayer"]

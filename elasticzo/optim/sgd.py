@@ -61,6 +61,3 @@ class ZOSGD(HeadOptimizer):
 
     def take_numbers(self, group: dict[str, Any], numbers: Sequence[float]) -> None:
         group["momentum"], group["nesterov"] = numbers[0], bool(numbers[1])
-
-
-__all__ = ["ZOSGD"]

@@ -34,6 +34,3 @@ class ZOSign(HeadOptimizer):
     ) -> None:
         defaults = {"lr": lr, "weight_decay": weight_decay}
         super().__init__(model, defaults, groups, clip, defer)
-
-
-__all__ = ["ZOSign"]

@@ -89,6 +89,3 @@ class Step:
     def entry(self, step: Tensor, found: Tensor, losses: Tensor) -> dict[str, Any]:
         """What a log is told of a step: the fields as tensors, and what the host knows."""
         raise NotImplementedError
-
-
-__all__ = ["Log", "Step"]

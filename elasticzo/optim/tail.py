@@ -70,6 +70,3 @@ def _start_momentum(optimizer: torch.optim.Optimizer) -> None:
         if group.get("momentum"):
             for p in group["params"]:
                 optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-
-
-__all__ = ["tail_optimizer"]

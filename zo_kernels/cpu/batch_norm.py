@@ -38,6 +38,3 @@ def paired_batch_norm(
         moments = batch_mean[h], batch_var[h]
         y_h.copy_(F.batch_norm(x_h, *moments, w_h, b_h, training=False, eps=epsilon))
     return y.relu_() if relu else y, batch_mean, batch_var
-
-
-__all__ = ["paired_batch_norm"]

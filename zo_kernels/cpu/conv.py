@@ -57,6 +57,3 @@ def paired_conv2d(
         bias = perturbed(bias, tensor=bias_tensor, scale=bias_scale, dtype=torch.float32)
     given = {"shared": shared, "relu": relu, "pool": pool}
     return paired_convolutions(x, halves, bias, geo, convolution, precision=precision, **given)
-
-
-__all__ = ["convolution", "paired_conv2d"]

@@ -59,6 +59,3 @@ def int8_paired_conv1d_max(
         return acc, torch.zeros(count, dtype=torch.int32)
     noise, to = Noise(key, tensor or 0, start, stop, p_zero, r_max), acc.unsqueeze(2).unsqueeze(3)
     return acc, convolution(x, w, to, noise, geo, shared, After(relu, ALL))
-
-
-__all__ = ["int8_paired_conv1d_max", "int8_paired_conv2d"]

@@ -152,6 +152,3 @@ def collect(sums, totals, walk, out):
             for j in range(outputs):
                 to = k * s_line + j * s_output
                 out[n, to] = i32(out[n, to] + i32(sums[p + j * LANES] - excess))
-
-
-__all__ = ["collect", "correlate"]

@@ -394,6 +394,3 @@ def convolve(
             half = n // channels
             largest[group, half] = max(largest[group, half], bit_length(tops[group, n]))
     return largest
-
-
-__all__ = ["ALL", "LANES", "SLACK", "WINDOWS", "convolve", "scratch_sizes"]

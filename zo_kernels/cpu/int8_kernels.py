@@ -339,14 +339,3 @@ def softmax_error(logits, exponent, target, fraction_bits, rounding, words, out)
                 else:
                     word = u32(words[b, j])
                     out[h, b, j] = i8(clip(round_shift(i32(error), s, word, STOCHASTIC)))
-
-
-__all__ = [
-    "cross_entropy",
-    "gradient_update",
-    "perturb_int8",
-    "range_flat",
-    "requantize_flat",
-    "softmax_error",
-    "update_int8",
-]

@@ -39,6 +39,3 @@ def int8_paired_linear(
     to = (rows * features, wide * features, 1, 0, features)
     target = Images(images, (features, 1, wide), to, rows)
     return out, multiply((x, source), (out, target), w, noise, (1, 1), ONE, shared, After(relu))
-
-
-__all__ = ["int8_paired_linear"]

@@ -8,7 +8,6 @@ from torch import Tensor
 from zo_kernels.cpu.int8_kernels import cross_entropy, softmax_error
 from zo_kernels.cpu.noise import sample
 from zo_kernels.int8 import ERROR_EXPONENT, ROUNDINGS, check_target
-from zo_kernels.reference.int8_loss import integer_projected_sign
 from zo_kernels.reference.integer import rounding_words
 
 
@@ -43,6 +42,3 @@ def integer_softmax_error(
     where = (logits.numpy(), exponent.numpy(), target.numpy())
     softmax_error(*where, fraction_bits, ROUNDINGS[rounding], words, out.numpy())
     return out, torch.full((halves,), ERROR_EXPONENT, dtype=torch.int32)
-
-
-__all__ = ["integer_cross_entropy", "integer_projected_sign", "integer_softmax_error"]

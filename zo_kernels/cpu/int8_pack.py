@@ -106,6 +106,3 @@ def pack(place, walk, shape, halves, settings, words, panels, first):
                     row[i] = _clip(i32(i32(own[i]) - z[i]))
             group, channel = (half - start) // together, (half - start) % together * rows + n
             _place(row, channel, runs, length, panels[group], first[group])
-
-
-__all__ = ["LANES", "ZERO", "pack"]

@@ -179,6 +179,3 @@ def convolution(
     source = Images(images, size, strides, images * width)
     target = Images(images, grid, (images * out.stride(0), *out.stride()), images * width)
     return multiply((x, source), (out, target), w, noise, kernel, geo, shared, after)
-
-
-__all__ = ["After", "Images", "Noise", "convolution", "empty", "multiply", "over_images", "zeros"]

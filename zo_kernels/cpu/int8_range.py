@@ -52,6 +52,3 @@ def int8_requantize(
     )
     out = q if source is acc else torch.empty_like(acc, dtype=torch.int8).copy_(q)
     return out, total
-
-
-__all__ = ["NO_WORDS", "int8_range", "int8_requantize"]

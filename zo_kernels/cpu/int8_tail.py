@@ -139,12 +139,3 @@ def int8_gradient_update_(
     gradient_update(*flat, b_bp, ROUNDINGS[rounding], words)
     if target is not w:
         w.copy_(target)
-
-
-__all__ = [
-    "int8_conv2d_gradient",
-    "int8_conv2d_max_pool",
-    "int8_gradient_update_",
-    "int8_matmul",
-    "int8_unpool",
-]

@@ -56,6 +56,3 @@ def unpool(error, places, rows, width, out):
                     place, value = places[at + i], u16(u8(error[at + i]))
                     shifted = u16(value << u16(8 * (place & 1)))
                     out[to + i] = shifted if place >> 1 == row else u16(0)
-
-
-__all__ = ["unpool"]

@@ -95,13 +95,3 @@ def int8_update_(
         update_int8(memory_of(target, layout.extent), signs, *rest, counters(key, tensor, 0))
         if target is not w:
             w.copy_(target)
-
-
-__all__ = [
-    "counters",
-    "int8_perturbed_weights",
-    "int8_update_",
-    "memory_of",
-    "settings_of",
-    "walk_of",
-]

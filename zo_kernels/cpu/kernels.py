@@ -302,17 +302,3 @@ def stage_all(table, scales, out, eps, start, stop, words):
             distance = size if plus and minus else 0
             halves = out[first:]
             perturb_sweep(w, halves, plus, minus, distance, amplitude, layout, noise, 0, row[9])
-
-
-__all__ = [
-    "BITS",
-    "NORMAL",
-    "RADEMACHER",
-    "SPARSE",
-    "fill_float",
-    "fill_int",
-    "perturb_sweep",
-    "stage_all",
-    "update_all",
-    "update_sweep",
-]

@@ -25,6 +25,3 @@ def paired_layer_norm(
         w_h, b_h = (None if t is None else t[h] for t in (weights, biases))
         y_h.copy_(F.layer_norm(x_h, x.shape[-1:], w_h, b_h, epsilon))
     return y.relu_() if relu else y
-
-
-__all__ = ["paired_layer_norm"]

@@ -41,5 +41,3 @@ def _pointer(kind):
 octets = intrinsic(_pointer(types.int8))  # for numba's carray
 spots = intrinsic(_pointer(types.uint8))
 words = intrinsic(_pointer(types.int32))
-
-__all__ = ["Span", "extent", "octets", "span", "spots", "words"]

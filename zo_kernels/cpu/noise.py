@@ -61,6 +61,3 @@ def _sample(
         fill_int(z.numpy(), kind, first, groups, p0, r_max, *words)
     z = z.view(rows, per_row * lanes)[:, :cols]
     return to_shape(z.to(SAMPLE_DTYPES[noise]), shape)
-
-
-__all__ = ["sample", "sample_rows"]

@@ -118,6 +118,3 @@ def rule_all(rule, table, kept, settings, scales, coeff, lr, decay, words):
         rule_sweep(rule, w, first, second, numbers, coeff, scales[t], lr[g], decay[g], layout,
                    noise, 0, row[9])
         # fmt: on
-
-
-__all__ = ["CODES", "rule_all", "rule_sweep"]

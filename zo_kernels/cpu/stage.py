@@ -97,6 +97,3 @@ def _stage_small(
     words = counter_words(key, 0, 0)[1:]
     table, scales = small_table(where, who, noise)
     stage_all(table, scales, flat, np.float32(eps.item()), start, stop, words)
-
-
-__all__ = ["stage_"]

@@ -88,15 +88,3 @@ def counter_words(key: Tensor, tensor: int, query: int, purpose: str = "noise") 
 def memory_of(t: Tensor, extent: int) -> Any:
     """The memory of a tensor as a flat numpy array."""
     return t.as_strided((extent,), (1,)).numpy()
-
-
-__all__ = [
-    "KINDS",
-    "PARALLEL_FROM",
-    "Walk",
-    "counter_words",
-    "memory_of",
-    "over_threads",
-    "pool_of",
-    "walk_of",
-]

@@ -130,6 +130,3 @@ def small_table(
         counts = (walk.kind, walk.lanes, walk.groups, tensor, group)
         rows.append((address, walk.extent, *walk.layout, *counts))
     return np.array(rows, np.int64), np.array([scale for *_, scale in who], np.float32)
-
-
-__all__ = ["small_table", "update_", "update_rows_"]

@@ -110,6 +110,3 @@ def perturb_(
     wide = compute_dtype(w)
     z = sample(w.shape, key, tensor=tensor, query=query, noise=noise)
     w.add_(alpha.to(wide) * z.to(wide))  # in the wider of the two dtypes, then rounded once
-
-
-__all__ = ["perturb_", "perturbed_weights", "sweep_halves"]

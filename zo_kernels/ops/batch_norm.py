@@ -82,6 +82,3 @@ def paired_batch_norm(
     check_affine(x, weight, bias, [halves, x.shape[1]])
     check_epsilon(epsilon)
     check_no_grad("paired_batch_norm", x=x, weight=weight, bias=bias)
-
-
-__all__ = ["paired_batch_norm"]

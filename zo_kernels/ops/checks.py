@@ -158,24 +158,3 @@ def check_pair(
         check_groups(w.shape, "sparse_int8")
         if tensor is None:
             raise ValueError("tensor must be the index of w in the model, got None")
-
-
-__all__ = [
-    "MAX_DEPTH",
-    "PRECISIONS",
-    "check_affine",
-    "check_arithmetic",
-    "check_depth",
-    "check_epsilon",
-    "check_halves",
-    "check_images",
-    "check_no_grad",
-    "check_operands",
-    "check_pair",
-    "check_perturbation",
-    "check_product",
-    "check_rows",
-    "check_series",
-    "check_size",
-    "check_span",
-]

@@ -180,6 +180,3 @@ def paired_conv1d(
         backend=backend,
     )
     return y.squeeze(2)
-
-
-__all__ = ["paired_conv1d", "paired_conv2d"]

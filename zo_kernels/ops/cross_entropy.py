@@ -113,6 +113,3 @@ def paired_cross_entropy_backward(
     check_tensor("lse", lse, shape=[halves, rows], dtype=fp32, device=device)
     check_tensor("grad", grad, shape=[halves], dtype=fp32, device=device)
     check_no_grad("paired_cross_entropy_backward", logits=logits, grad=grad)
-
-
-__all__ = ["paired_cross_entropy", "paired_cross_entropy_backward"]

@@ -188,6 +188,3 @@ def int8_paired_conv1d_max(
     check_images(images, kernels)
     check_pair(images, kernels, key, tensor, start, stop, shared, p_zero, r_max)
     check_size(images, kernels, geometry((1, stride), (0, padding), (1, dilation)), False)
-
-
-__all__ = ["int8_paired_conv1d", "int8_paired_conv1d_max", "int8_paired_conv2d"]

@@ -69,6 +69,3 @@ def int8_paired_linear(
     check_operands(x, w, 2, "two")
     check_tensor("x", x, shape=[x.shape[0], w.shape[1]])
     check_pair(x, w, key, tensor, start, stop, shared, p_zero, r_max)
-
-
-__all__ = ["int8_paired_linear"]

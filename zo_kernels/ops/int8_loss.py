@@ -126,6 +126,3 @@ def integer_softmax_error(
     """
     check_logits(logits, exponent, target, fraction_bits)
     check_rounding(rounding, key, logits.shape[1:], tensor, query, logits.device)
-
-
-__all__ = ["integer_cross_entropy", "integer_projected_sign", "integer_softmax_error"]

@@ -97,6 +97,3 @@ def int8_requantize(
         check_exponent("weight_exponent", weight_exponent, halves, acc.device)
     shape = half_shape(acc.shape, halves)
     check_rounding(rounding, key, shape, tensor, query, acc.device)
-
-
-__all__ = ["int8_range", "int8_requantize"]

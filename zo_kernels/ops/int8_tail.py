@@ -206,12 +206,3 @@ def int8_gradient_update_(
     if not MIN_BITS <= b_bp <= MAX_BITS:
         raise ValueError(f"b_bp must be in [{MIN_BITS}, {MAX_BITS}], got {b_bp}")
     check_rounding(rounding, key, w.shape, tensor, 0, w.device)
-
-
-__all__ = [
-    "int8_conv2d_gradient",
-    "int8_conv2d_max_pool",
-    "int8_gradient_update_",
-    "int8_matmul",
-    "int8_unpool",
-]

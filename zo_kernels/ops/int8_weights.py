@@ -112,6 +112,3 @@ def int8_update_(
         check_in_place(f"params[{i}]", w)
         check_groups(w.shape, "sparse_int8")
         check_rounding(rounding, key, w.shape, tensor, g.numel() - 1, device)
-
-
-__all__ = ["int8_perturbed_weights", "int8_update_"]

@@ -60,6 +60,3 @@ def paired_layer_norm(
     check_affine(x, weight, bias, [halves, x.shape[-1]])
     check_epsilon(epsilon)
     check_no_grad("paired_layer_norm", x=x, weight=weight, bias=bias)
-
-
-__all__ = ["paired_layer_norm"]

@@ -99,6 +99,3 @@ def paired_linear(
     check_no_grad("paired_linear", x=x)
     check_perturbation(w, bias, key, eps, tensor, bias_tensor, stop, noise)
     check_arithmetic(precision, compute_dtype)
-
-
-__all__ = ["paired_linear"]

@@ -55,6 +55,3 @@ def sample(
     if purpose not in PURPOSES:
         raise ValueError(f"purpose must be one of {tuple(PURPOSES)}, got {purpose!r}")
     check_sparse(p_zero, r_max)
-
-
-__all__ = ["sample"]

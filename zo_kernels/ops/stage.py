@@ -136,6 +136,3 @@ def stage_(
     _check_pending(
         key, (before, coeff, lr, weight_decay, skip), groups, params, (rule, state, settings)
     )
-
-
-__all__ = ["stage_"]

@@ -97,6 +97,3 @@ def update_(
         if not 0 <= group < lr.numel():
             raise ValueError(f"groups[{i}] must be in [0, {lr.numel()}), got {group}")
     check_rule(rule, state, settings, params, device)
-
-
-__all__ = ["update_"]

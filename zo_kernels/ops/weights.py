@@ -110,6 +110,3 @@ def perturb_(
     check_noise(noise)
     check_indices(tensor, query)
     check_groups(w.shape, noise)
-
-
-__all__ = ["perturb_", "perturbed_weights"]

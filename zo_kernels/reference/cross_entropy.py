@@ -54,6 +54,3 @@ def paired_cross_entropy_backward(
     out = scale * (p - wanted - label_smoothing / classes)
     out = out.masked_fill(rearrange(~valid, "b -> b 1"), torch.nan)
     return out.masked_fill(rearrange(~taken, "b -> b 1"), 0.0).to(logits.dtype)
-
-
-__all__ = ["paired_cross_entropy", "paired_cross_entropy_backward"]

@@ -88,6 +88,3 @@ def int8_paired_conv1d_max(
     )
     acc = sums.squeeze(2).amax(2)
     return acc, int8_range(acc, halves=stop - start)
-
-
-__all__ = ["convolved", "int8_paired_conv1d_max", "int8_paired_conv2d"]

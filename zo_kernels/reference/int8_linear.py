@@ -57,6 +57,3 @@ def int8_paired_linear(
     acc = torch.cat([integer_product(*both) for both in zip(rows, halves, strict=True)])
     acc = acc.clamp_min(0) if relu else acc
     return acc, int8_range(acc, halves=count)
-
-
-__all__ = ["int8_halves", "int8_paired_linear", "integer_product"]

@@ -62,6 +62,3 @@ def integer_softmax_error(
     words = rounding_words((batch, classes), key, rounding, tensor, query)
     error = round_shift(error, ERROR_BITS + ERROR_EXPONENT, rounding, words)
     return clip(error).to(torch.int8).contiguous(), total
-
-
-__all__ = ["integer_cross_entropy", "integer_projected_sign", "integer_softmax_error"]

@@ -44,6 +44,3 @@ def int8_requantize(
     out = torch.empty_like(acc, dtype=torch.int8).copy_(q.reshape(acc.shape))
     total = total.to(torch.int32)
     return out, total.squeeze(0) if halves is None else total
-
-
-__all__ = ["int8_range", "int8_requantize"]

@@ -91,12 +91,3 @@ def int8_gradient_update_(
     words = rounding_words(gradient.shape, key, rounding, tensor)
     update = clip(round_shift(gradient.long(), s, rounding, words))
     w.copy_(clip(w.long() - update))
-
-
-__all__ = [
-    "int8_conv2d_gradient",
-    "int8_conv2d_max_pool",
-    "int8_gradient_update_",
-    "int8_matmul",
-    "int8_unpool",
-]

@@ -65,6 +65,3 @@ def int8_update_(
             total += g[q].long() * z
         words = rounding_words(w.shape, key, rounding, tensor)
         w.copy_(clip(w.long() - round_shift(total, s, rounding, words)))
-
-
-__all__ = ["int8_perturbed_weights", "int8_update_"]

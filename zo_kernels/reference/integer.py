@@ -124,6 +124,3 @@ def log2(total: Tensor, fraction_bits: int) -> Tensor:
         m = m >> bit
         result = 2 * result + bit
     return (result + 1) >> 1
-
-
-__all__ = ["bit_length", "clip", "exp2", "log2", "round_shift", "rounding_words", "scaled"]

@@ -29,6 +29,3 @@ def paired_layer_norm(
     if relu:
         y = y.relu()
     return y.reshape(x.shape).to(x.dtype)
-
-
-__all__ = ["paired_layer_norm"]

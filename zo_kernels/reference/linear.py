@@ -78,6 +78,3 @@ def paired_linear(
         assert bias_tensor is not None
         bias = perturbed(bias, tensor=bias_tensor, scale=bias_scale, dtype=torch.float32)
     return paired_products(x, halves, bias, shared=shared, precision=precision, relu=relu)
-
-
-__all__ = ["paired_linear", "paired_products", "product", "to_tf32"]

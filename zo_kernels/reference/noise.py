@@ -155,14 +155,3 @@ def sample(
         device=key.device,
     )
     return to_shape(z.to(SAMPLE_DTYPES[noise]), shape).contiguous()
-
-
-__all__ = [
-    "noise_rows",
-    "normals",
-    "philox",
-    "sample",
-    "sample_rows",
-    "sparse_int8",
-    "uniforms",
-]

@@ -92,6 +92,3 @@ def apply_rule_(
         new[0] = round_stochastically(new[0], words)
     for t, value in zip((w, *state), new, strict=True):
         t.copy_(torch.where(skip != 0, t, value.to(t.dtype)))
-
-
-__all__ = ["apply_rule_", "moved", "round_stochastically"]

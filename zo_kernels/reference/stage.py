@@ -67,6 +67,3 @@ def stage_(
             named = (tensors[i], scales[i], noise)
             update_one_(w, before, coeff, lr[g], weight_decay[g], skip, *named, *own, draw)
         stage_one(out, w, key, eps, tensors[i], scales[i], start, noise, draw)
-
-
-__all__ = ["stage_", "stage_one"]

@@ -63,6 +63,3 @@ def update_(
         rates = (lr[group], weight_decay[group], skip)
         own = (rule, state[i :: len(params)], None if settings is None else settings[i])
         update_one_(w, key, coeff, *rates, tensors[i], scales[i], noise, *own)
-
-
-__all__ = ["update_", "update_one_"]

@@ -58,6 +58,3 @@ def perturb_(
     wide = compute_dtype(w)
     z = sample(w.shape, key, tensor=tensor, query=query, noise=noise)
     w.copy_(w.to(wide) + alpha.to(wide) * z.to(wide))
-
-
-__all__ = ["compute_dtype", "perturb_", "perturbed_weights", "write_halves"]

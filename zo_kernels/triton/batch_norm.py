@@ -314,6 +314,3 @@ def paired_batch_norm(
         _normalize(x, y, mean, var, weight, bias, epsilon, relu, halves, plan)
     batch_mean, batch_var = (t.detach().float().expand(halves, -1) for t in (mean, var))
     return y, batch_mean, batch_var
-
-
-__all__ = ["paired_batch_norm"]

@@ -355,6 +355,3 @@ def paired_conv2d(
         args = (x_here, w, bias, y[here], key, eps, tensors, first, count, shared, geo, noise)
         _launch(*args, scales, precision, relu, pool)
     return y
-
-
-__all__ = ["GATHERED_COLS", "TILES", "Tile", "paired_conv2d", "tile_for"]

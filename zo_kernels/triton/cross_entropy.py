@@ -298,6 +298,3 @@ def paired_cross_entropy_backward(
         enable_fp_fusion=True,
     )
     return out
-
-
-__all__ = ["paired_cross_entropy", "paired_cross_entropy_backward", "tile_for"]

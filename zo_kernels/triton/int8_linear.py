@@ -229,15 +229,3 @@ def int8_paired_linear(
         args = (x if shared else x[here], w, acc[here], bits[at : at + count], key, tensor or 0)
         launch_product(*args, first, count, shared, p_zero, r_max, relu)
     return acc, bits
-
-
-__all__ = [
-    "RAGGED",
-    "TILES",
-    "int8_paired_linear",
-    "launch_product",
-    "raise_range",
-    "rectified",
-    "sparse_tile",
-    "tile_for",
-]

@@ -217,6 +217,3 @@ def integer_projected_sign(losses: Tensor) -> Tensor:
         settings = {"BLOCK": SIGN_BLOCK, "num_warps": 1, "enable_fp_fusion": True}
         _sign_kernel[grid](losses, signs, signs.numel(), **settings)
     return signs
-
-
-__all__ = ["integer_cross_entropy", "integer_projected_sign", "integer_softmax_error"]

@@ -211,6 +211,3 @@ def int8_requantize(
     copy = torch.empty(acc.shape, dtype=torch.int8, device=acc.device)
     _launch(acc.contiguous(), copy, *rest)
     return out.copy_(copy), total
-
-
-__all__ = ["int8_range", "int8_requantize"]

@@ -92,12 +92,3 @@ def int8_gradient_update_(
         tensor=tensor,
     )
     w.copy_((w.to(torch.int16) - update).clamp_(-LIMIT, LIMIT))
-
-
-__all__ = [
-    "int8_conv2d_gradient",
-    "int8_conv2d_max_pool",
-    "int8_gradient_update_",
-    "int8_matmul",
-    "int8_unpool",
-]

@@ -259,6 +259,3 @@ def int8_update_(
     for w, target in zip(of, targets, strict=True):
         if w is not target:
             w.copy_(target)
-
-
-__all__ = ["int8_perturbed_weights", "int8_update_"]

@@ -163,16 +163,3 @@ def log2(total, F: tl.constexpr):
         m = m >> bit
         result = (result << 1) + bit.to(tl.int64)
     return (result + 1) >> 1
-
-
-__all__ = [
-    "bit_length",
-    "clip",
-    "exp2",
-    "log2",
-    "magnitude_less_one",
-    "round_shift",
-    "rounding_words",
-    "scaled",
-    "sparse_noise",
-]

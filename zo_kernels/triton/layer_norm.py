@@ -163,6 +163,3 @@ def paired_layer_norm(
         enable_fp_fusion=True,
     )
     return y
-
-
-__all__ = ["is_long", "paired_layer_norm", "tile_for"]

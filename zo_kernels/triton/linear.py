@@ -324,6 +324,3 @@ def paired_linear(
 def refuse_on_hip(precision: str) -> None:
     if precision == "tf32x3" and torch.version.hip:
         raise ValueError("precision 'tf32x3' needs an NVIDIA GPU; an AMD one has 'ieee' and 'tf32'")
-
-
-__all__ = ["TILES", "Tile", "paired_linear", "parts_of", "refuse_on_hip", "tile_for", "tiles_of"]

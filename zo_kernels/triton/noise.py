@@ -87,6 +87,3 @@ def sample(
             enable_fp_fusion=True,
         )
     return to_shape(padded[:, :cols], shape).contiguous()
-
-
-__all__ = ["sample"]

@@ -38,6 +38,3 @@ def merge_moments(b_n, b_mean, b_m2, n, AXIS: tl.constexpr):
     b_dev = b_mean - tl.expand_dims(mean, AXIS)
     # What rounding left in the first sum is in the second.
     return mean + tl.sum(b_n * b_dev, AXIS) / n, tl.sum(b_m2 + b_n * b_dev * b_dev, AXIS)
-
-
-__all__ = ["alignment", "lane_moments", "merge_moments", "power_of_two"]

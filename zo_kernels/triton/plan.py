@@ -91,6 +91,3 @@ def plan_of(x: Tensor, halves: int) -> Plan:
     per_split = -(-tiles // wanted)
     splits = -(-tiles // per_split)
     return Plan(outer, rows, channels, last, tile_rows, tile_channels, splits, per_split)
-
-
-__all__ = ["Plan", "plan_of"]

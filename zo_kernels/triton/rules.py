@@ -82,6 +82,3 @@ def moved(
         return b_w - lr * ((b_u > 0).to(WIDE) - (b_u < 0).to(WIDE))
     else:
         return b_w - lr * (b_total + decay * b_w)
-
-
-__all__ = ["moved"]

@@ -217,6 +217,3 @@ def stage_(
             outs[first].copy_(to[0])
             if pending is not None:
                 write_back([params[first], *state[first::count]], copies)
-
-
-__all__ = ["stage_"]

@@ -189,15 +189,3 @@ def hold_tables() -> Iterator[list[Table]]:
         yield held
     finally:
         _HELD.remove(held)
-
-
-__all__ = [
-    "BLOCK",
-    "FIELDS",
-    "INT32_MAX",
-    "Table",
-    "flat_walk",
-    "hold_tables",
-    "row_offset",
-    "source_row",
-]

@@ -74,6 +74,3 @@ def shift_vector(key_ptr, o_n, first, tensor, third, amplitude, NOISE: tl.conste
         b_word = tl.where(part < 2, b_low, b_high)
         b_bit = (b_word >> (o_n % 32).to(tl.uint32)) & 1
         return tl.where(b_bit == 1, amplitude, -amplitude)
-
-
-__all__ = ["shift_tile", "shift_vector"]

@@ -206,6 +206,3 @@ def update_(
         )
     for i, (w, walk) in enumerate(zip(params, walks, strict=True)):
         write_back([w, *state[i :: len(params)]], walk)
-
-
-__all__ = ["TRITON_DTYPES", "WARPS", "round_to_bf16", "update_", "updated"]

@@ -176,6 +176,3 @@ def perturb_(
         _launch(target, target.unsqueeze(0), key, alpha, *half)
     if target is not w:
         w.copy_(target)
-
-
-__all__ = ["INT32_MAX", "element_offset", "perturb_", "perturbed_weights"]

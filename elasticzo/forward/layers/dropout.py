@@ -78,6 +78,3 @@ def dropout(current: Pass, layer: Layer, x: Tensor) -> Tensor:
     scale = 0.0 if m.p == 1.0 else 1.0 / (1.0 - m.p)
     kept: Tensor = halves * (keep.to(x.dtype) * scale)
     return kept.flatten(0, 1)
-
-
-__all__ = ["dropout"]

@@ -136,6 +136,3 @@ def _move(m: Any, mean: Tensor, var: Tensor) -> None:
         momentum = m.num_batches_tracked.to(m.running_mean.dtype).reciprocal()
     m.running_mean.lerp_(mean.to(m.running_mean.dtype), momentum)
     m.running_var.lerp_(var.to(m.running_var.dtype), momentum)
-
-
-__all__ = ["batch_norm", "group_norm", "layer_norm"]

@@ -63,6 +63,3 @@ def handler_of(module: nn.Module) -> Handler | None:
         return found
     derived = (h for kind, h in _HANDLERS.items() if h.subclasses and isinstance(module, kind))
     return next(derived, None)
-
-
-__all__ = ["Handler", "handler_of", "serves"]

@@ -57,6 +57,3 @@ def _is_pool(m: nn.Module) -> bool:
     settings = (m.kernel_size, m.stride, m.padding, m.dilation)
     pairs = [value if isinstance(value, tuple) else (value, value) for value in settings]
     return pairs == [(2, 2), (2, 2), (0, 0), (1, 1)]
-
-
-__all__ = ["is_sequential", "run_sequence"]

@@ -90,17 +90,3 @@ def stage_all(current: Pass, layer: Layer, dtype: torch.dtype | None = None) -> 
         else:
             staged[local] = p.expand(current.count, *p.shape)
     return staged
-
-
-__all__ = [
-    "Staged",
-    "by_half",
-    "conv",
-    "conv_of_shared",
-    "embedding",
-    "halves_of",
-    "linear",
-    "pick",
-    "shares_input",
-    "stage_all",
-]

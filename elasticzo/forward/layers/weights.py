@@ -225,6 +225,3 @@ def _linear_in_chunks(current: Pass, layer: Layer, x: Tensor, dtype: torch.dtype
             first += rows
         raise
     return y.to(x.dtype)
-
-
-__all__ = ["embedding", "path_of", "product", "why_not_fused", "work_of"]

@@ -152,6 +152,3 @@ def _join_outputs(layer: Layer, outputs: list[Any], inputs: Any, n: int) -> Any:
         return torch.cat(list(parts))
 
     return join(outputs, merge)
-
-
-__all__ = ["CLOSED", "run_whole"]
