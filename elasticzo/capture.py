@@ -32,6 +32,7 @@ class CapturedStep:
     Attributes:
         losses: `[2Q]`, of the last step. On CUDA the next step overwrites them: clone to keep.
         captured: whether it is a CUDA graph; on other devices it runs eagerly.
+        graph: that one.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class CapturedStep:
         device = self.model.session.device
         self._inputs = pytree.tree_map_only(Tensor, torch.clone, inputs)
         self._targets = pytree.tree_map_only(Tensor, torch.clone, targets)
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self.graph: torch.cuda.CUDAGraph | None = None
         self._tables: list[Table] = []
         log, zo.log = zo.log, None  # rehearsals are no steps
         try:
@@ -65,7 +66,7 @@ class CapturedStep:
 
     @property
     def captured(self) -> bool:
-        return self._graph is not None
+        return self.graph is not None
 
     def __call__(self, inputs: Any, targets: Any) -> Tensor:
         """One step on this batch; `[2Q]` losses.
@@ -80,10 +81,10 @@ class CapturedStep:
                 "parameters moved, or a setting of an optimiser other than lr changed, since the "
                 "step was captured: capture it again"
             )
-        if self._graph is None:
+        if self.graph is None:
             self.losses = self._step()
             return self.losses
-        self._graph.replay()
+        self.graph.replay()
         self._note()
         return self.losses
 
@@ -121,7 +122,7 @@ class CapturedStep:
         graph = torch.cuda.CUDAGraph()
         with hold_tables() as self._tables, torch.cuda.graph(graph):
             self.losses = self._step()
-        self._graph = graph
+        self.graph = graph
 
     def _note(self) -> None:
         """What an eager step does on the host besides."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elasticzo.files import write_whole
+from elasticzo.files import whole
 
 FORMAT = "elasticzo-checkpoint"
 VERSION = 1
@@ -35,7 +35,8 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
     path = Path(path)
     state = _on_cpu(state, "state")
     content = {"format": FORMAT, "version": VERSION, "digest": _digest(state), "state": state}
-    write_whole(path, lambda file: torch.save(content, file))
+    with whole(path) as temporary, temporary.open("wb") as file:
+        torch.save(content, file)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

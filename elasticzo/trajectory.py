@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elasticzo.files import write_whole
+from elasticzo.files import whole
 from elasticzo.module import ZOModule
 from elasticzo.optim.step import Step
 from elasticzo.settings import check_integer
@@ -89,7 +89,7 @@ def open_log(path: Path, header: dict[str, Any], resume: bool, step: int) -> dic
     if not (resume and path.exists()):
         if path.exists():
             raise FileExistsError(f"{path} exists; give another path, or resume=True")
-        write_whole(path, json.dumps(header) + "\n")
+        _write(path, [header])
         return header
     found, records = read_trajectory(path, header["format"])
     # Where a log began and with which packages is for the reader; the rest makes the run.
@@ -101,8 +101,13 @@ def open_log(path: Path, header: dict[str, Any], resume: bool, step: int) -> dic
     missing = set(range(found["start"], step)) - {r["step"] for r in kept}
     if missing:
         raise ValueError(f"{path} has no record of step {min(missing)}: it cannot go on")
-    write_whole(path, "".join(json.dumps(r) + "\n" for r in [found, *kept]))
+    _write(path, [found, *kept])
     return found
+
+
+def _write(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    with whole(path) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def append_records(path: Path, records: Sequence[dict[str, Any]]) -> None:

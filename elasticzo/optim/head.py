@@ -255,7 +255,9 @@ class HeadOptimizer(Step, torch.optim.Optimizer):  # type: ignore[misc]  # of `s
         lr, decay = self.rates()
         of_step = {"step": step, "lr": lr, "weight_decay": decay}
         of_step |= {"losses": losses, "skipped": found}
-        return of_step | ({"numbers": self._numbers().flatten()} if RULES[self.rule].settings else {})
+        return of_step | (
+            {"numbers": self._numbers().flatten()} if RULES[self.rule].settings else {}
+        )
 
     # ---- state
 

@@ -133,8 +133,8 @@ class Step:
     def captured(self) -> Contestant:
         """The step in a graph, verified."""
         step = capture_step(self.zo, F.cross_entropy, *self.sets[0], tail=self.tail)
-        if step._graph is not None:
-            graph = step._graph
+        if step.graph is not None:
+            graph = step.graph
             self.replay = lambda i: graph.replay()
 
         def poisoned_step(x: Tensor, y: Tensor) -> Tensor:

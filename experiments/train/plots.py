@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import stdev
 from typing import Any
 
-from experiments.files import whole
+from elasticzo.files import whole
 
 Lines = Sequence[Mapping[str, Any]]
 
