@@ -9,7 +9,7 @@ import inspect
 import os
 from collections.abc import Callable, Sequence
 from functools import cache, wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -55,18 +55,6 @@ def schema(name: str, function: Callable[..., Any], mutates: Sequence[str]) -> s
     return f"{name}({', '.join(arguments)}) -> {result.removesuffix(' return')}"
 
 
-def _define(
-    schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]
-) -> Callable[..., Any]:
-    """The op as torch knows it."""
-    name = schema.split("(", 1)[0]
-    _LIBRARY.define(schema)
-    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"zo_kernels::{name}", fake, lib=_LIBRARY)
-    handle: Callable[..., Any] = getattr(torch.ops.zo_kernels, name).default
-    return handle
-
-
 def _apart(result: Any, args: Any) -> Any:
     """Torch wants no result of a registered op to share memory with its arguments."""
     if not isinstance(result, tuple):
@@ -75,8 +63,29 @@ def _apart(result: Any, args: Any) -> Any:
     return tuple(t.clone() if t.untyped_storage().data_ptr() in held else t for t in result)
 
 
-def _nothing(**_: Any) -> None:
-    """The fake of an op that only changes its arguments."""
+class _Arguments(NamedTuple):
+    """How an op is called: the first of its arguments by place, the others by keyword."""
+
+    names: list[str]
+    places: list[str]
+    defaults: dict[str, Any]
+    kinds: list[str]  # annotations, by place
+
+    @classmethod
+    def of(cls, function: Callable[..., Any]) -> _Arguments:
+        parameters = inspect.signature(function).parameters.values()
+        by_place = [p for p in parameters if p.kind is not p.KEYWORD_ONLY]
+        defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+        names, places = [p.name for p in parameters], [p.name for p in by_place]
+        return cls(names, places, defaults, [p.annotation for p in by_place])
+
+    def placed(self, args: Any, kwargs: Any) -> Any:
+        """`args`, and what of their rest came by keyword, or not at all."""
+        left = self.places[len(args) :]
+        return (*args, *(kwargs.pop(k) if k in kwargs else self.defaults[k] for k in left))
+
+    def by_name(self, args: Any, kwargs: Any) -> dict[str, Any]:
+        return {**self.defaults, **dict(zip(self.places, args, strict=True)), **kwargs}
 
 
 @cache
@@ -85,6 +94,55 @@ def implementation(file: str, name: str, backend: str) -> Callable[..., Any]:
     module = importlib.import_module(f"zo_kernels.{COLUMNS[backend]}.{file}")
     found: Callable[..., Any] = getattr(module, name)
     return found
+
+
+def _runner(name: str, file: str, arguments: _Arguments, like: str | None) -> Callable[..., Any]:
+    """What calls the function of the column of a backend: `(backend, args, kwargs)`."""
+    at = arguments.places.index(like) if like else 0
+    kinds = [*enumerate(arguments.kinds)]
+    tensors = [i for i, kind in kinds if kind in ("Tensor", "Tensor | None")]
+    lists = [i for i, kind in kinds if kind == "Sequence[Tensor]"]
+
+    @cache
+    def choose(backend: str, device: torch.device) -> Callable[..., Any]:
+        return implementation(file, name, _resolve(backend, device.type))
+
+    def run(backend: str, args: Any, kwargs: Any) -> Any:
+        function = choose(backend, args[at].device)
+        for i in tensors:  # no op has a backward of its own
+            t = args[i]
+            if t is not None and t.requires_grad:
+                args = (*args[:i], t.detach(), *args[i + 1 :])
+        for i in lists:
+            if any(w.requires_grad for w in args[i]):
+                args = (*args[:i], [w.detach() for w in args[i]], *args[i + 1 :])
+        return function(*args, **kwargs)
+
+    return run
+
+
+def _torch_op(
+    schema: str, arguments: _Arguments, run: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The op as torch knows it: all arguments by place, defaults filled in."""
+    name, count = schema.split("(", 1)[0], len(arguments.places)
+
+    def registered(*args: Any) -> Any:
+        named = dict(zip(arguments.names[count:-1], args[count:-1], strict=True))
+        return _apart(run(args[-1], args[:count], named), args)
+
+    def meta(*args: Any) -> Any:
+        return fake(**dict(zip(arguments.names, args, strict=True)))
+
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, registered, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"zo_kernels::{name}", meta, lib=_LIBRARY)
+    handle: Callable[..., Any] = getattr(torch.ops.zo_kernels, name).default
+    return handle
+
+
+def _nothing(**_: Any) -> None:
+    """The fake of an op that only changes its arguments."""
 
 
 def op(
@@ -110,65 +168,27 @@ def op(
     """
 
     def declare(check: Callable[P, R]) -> Callable[P, R]:
-        name, file = check.__name__, check.__module__.rpartition(".")[2]
-        parameters = inspect.signature(check).parameters.values()
-        names = [p.name for p in parameters]
-        places = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
-        defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-        pairs = [p.name for p in parameters if p.annotation == "Pair"]
-        at, count = places.index(like) if like else 0, len(places)
-        kinds = [p.annotation for p in parameters][:count]
-        tensors = [i for i, kind in enumerate(kinds) if kind in ("Tensor", "Tensor | None")]
-        lists = [i for i, kind in enumerate(kinds) if kind == "Sequence[Tensor]"]
-
-        @cache
-        def choose(backend: str, device: torch.device) -> Callable[..., Any]:
-            return implementation(file, name, _resolve(backend, device.type))
-
-        def run(backend: str, args: Any, kwargs: Any) -> Any:
-            function = choose(backend, args[at].device)
-            for i in tensors:  # no op has a backward of its own
-                t = args[i]
-                if t is not None and t.requires_grad:
-                    args = (*args[:i], t.detach(), *args[i + 1 :])
-            for i in lists:
-                if any(w.requires_grad for w in args[i]):
-                    args = (*args[:i], [w.detach() for w in args[i]], *args[i + 1 :])
-            return function(*args, **kwargs)
-
-        def registered(*args: Any) -> Any:
-            named = dict(zip(names[count:-1], args[count:-1], strict=True))
-            return _apart(run(args[-1], args[:count], named), args)
-
-        def meta(*args: Any) -> Any:
-            return fake(**dict(zip(names, args, strict=True)))
-
-        handle = _define(schema(name, check, mutates), registered, meta)
-
-        def by_name(args: Any, kwargs: Any) -> dict[str, Any]:
-            return {**defaults, **dict(zip(places, args, strict=True)), **kwargs}
-
-        def seen(args: Any, kwargs: Any) -> Any:
-            given = by_name(args, kwargs)
-            for pair in pairs:
-                if isinstance(given[pair], int):
-                    given[pair] = [given[pair]] * 2
-            return handle(**given)
+        name, arguments = check.__name__, _Arguments.of(check)
+        run = _runner(name, check.__module__.rpartition(".")[2], arguments, like)
+        handle = _torch_op(schema(name, check, mutates), arguments, run, fake)
+        count, names = len(arguments.places), arguments.names
+        changed = [names.index(k) for k in mutates]
+        pairs = [k for k in names if check.__annotations__[k] == "Pair"]
 
         @wraps(check)
         def call(*args: Any, **kwargs: Any) -> Any:
             check(*args, **kwargs)
             if len(args) < count:
-                left = places[len(args) :]
-                args += tuple(kwargs.pop(k) if k in kwargs else defaults[k] for k in left)
+                args = arguments.placed(args, kwargs)
             if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-                result = seen(args, kwargs)
+                given = arguments.by_name(args, kwargs)
+                two = {k: [given[k]] * 2 for k in pairs if isinstance(given[k], int)}
+                result = handle(**(given | two))
             else:
                 result = run(kwargs.pop("backend", "auto"), args, kwargs)
             if mutates and not torch.compiler.is_compiling():
-                given = by_name(args, kwargs)
-                changed = touched(**given) if touched else [given[k] for k in mutates]
-                for t in changed:
+                found = [args[i] if i < count else kwargs.get(names[i], ()) for i in changed]
+                for t in touched(**arguments.by_name(args, kwargs)) if touched else found:
                     torch.autograd.graph.increment_version(t)
             return result
 

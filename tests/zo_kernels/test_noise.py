@@ -213,7 +213,7 @@ def test_int64_offsets_give_the_same_noise(kind: str, device: torch.device) -> N
     per, per_row = module.PER_CALL[kind], module.groups_per_row(333, kind)
     results = []
     for wide in (False, True):
-        z = torch.zeros(5 * per_row * per, dtype=module.DTYPES[kind], device=device)
+        z = torch.zeros(5 * per_row * per, dtype=module.SAMPLE_DTYPES[kind], device=device)
         module._sample_kernel[(-(-z.numel() // 1024),)](
             z,
             key_of(5, 6, device),
