@@ -114,7 +114,7 @@ class ZOModule(nn.Module):
         """Settings of its own that must be the same when a run goes on."""
         return {}
 
-    def end_step(self, found: Tensor) -> None:
+    def end_step(self, found: Tensor | None) -> None:
         """On to the next `z`."""
         self.session.advance(found)
 

@@ -28,9 +28,10 @@ class Kept(NamedTuple):
 
 
 # All that lives on the device. What is listed here is moved, reset, saved and put back with the
-# rest; it keeps its address, which a captured step reads.
+# rest; it keeps its address, which a captured step reads. A run in integers has the integers alone.
 TENSORS = {
     "key": Kept(torch.int64, [0, 0]),  # seed, step
+    "next": Kept(torch.int64, [0, 1]),  # what the key grows by
     "eps": Kept(torch.float64),  # perturbation scale
     "found": Kept(torch.float32, reset=True),  # 1 where a loss of this step is not finite
     "last_found": Kept(torch.float32),  # the same of the step before
@@ -54,6 +55,7 @@ class Session:
     """
 
     key: Tensor
+    next: Tensor
     eps: Tensor
     found: Tensor
     last_found: Tensor
@@ -63,12 +65,21 @@ class Session:
     before: BufferSnapshot | None
     seen: Sequence[tuple[int, int]]
 
-    def __init__(self, seed: int, eps: float, device: torch.device) -> None:
-        for name, kept in TENSORS.items():
+    def __init__(self, seed: int, eps: float | None, device: torch.device) -> None:
+        integer = eps is None
+        self._kept = {
+            name: kept
+            for name, kept in TENSORS.items()
+            if not (integer and kept.dtype.is_floating_point)
+        }
+        for name in TENSORS:
+            setattr(self, name, None)
+        for name, kept in self._kept.items():
             setattr(self, name, torch.tensor(kept.value, dtype=kept.dtype, device=device))
-        self._seed, self._eps = seed, float(eps)
-        self.key[0], self.eps[...] = seed, eps
-        self._next = torch.tensor([0, 1], dtype=torch.int64, device=device)
+        self._seed, self._eps = seed, eps
+        self.key[0] = seed
+        if eps is not None:
+            self.eps.fill_(eps)
         self.stepped = False
         self.pending: Pending | None = None
         self._begin()
@@ -80,6 +91,7 @@ class Session:
     @property
     def scale(self) -> float:
         """eps as the host knows it."""
+        assert self._eps is not None
         return self._eps
 
     @property
@@ -88,7 +100,7 @@ class Session:
 
     def tensors(self) -> Iterator[Tensor]:
         """All that lives on the device."""
-        return (getattr(self, name) for name in TENSORS)
+        return (getattr(self, name) for name in self._kept)
 
     # ---- a step
 
@@ -119,9 +131,7 @@ class Session:
                 )
 
     def not_finite(self, losses: Tensor) -> Tensor:
-        """1 where this step is to be skipped: `[]` float32. Integers are always finite."""
-        if not losses.is_floating_point():
-            return self.found
+        """1 where this step is to be skipped: `[]` float32."""
         found = (~torch.isfinite(losses).all()).to(torch.float32)
         return torch.maximum(found, self.found) if self.gated else found
 
@@ -139,19 +149,20 @@ class Session:
         finite = torch.stack([torch.isfinite(g).all() for g in grads]).all()
         return (~finite).to(torch.float32)
 
-    def advance(self, found: Tensor) -> None:
+    def advance(self, found: Tensor | None) -> None:
         """On to the next `z`; buffers that moved go back where the step was skipped."""
-        if self.before is not None:
-            self.before.restore_where(found != 0)
-        self.skips += found.to(torch.int64)
-        self.last_found.copy_(found)
+        if found is not None:
+            if self.before is not None:
+                self.before.restore_where(found != 0)
+            self.skips += found.to(torch.int64)
+            self.last_found.copy_(found)
         self.stepped = True
-        self.key.add_(self._next)
+        self.key.add_(self.next)
         self.forget()
 
     def forget(self) -> None:
         """What is known of this step belongs to other weights now, or to the step before."""
-        for name, kept in TENSORS.items():
+        for name, kept in self._kept.items():
             if kept.reset:
                 getattr(self, name).zero_()
         self._begin()
@@ -177,13 +188,13 @@ class Session:
 
     def saved(self) -> dict[str, Any]:
         """Entries of a state. Reads the device."""
-        return {k.saved: getattr(self, name).tolist() for name, k in TENSORS.items() if k.saved}
+        return {k.saved: getattr(self, name).tolist() for name, k in self._kept.items() if k.saved}
 
     def check(self, state: Mapping[str, Any]) -> None:
         """Raise ValueError where an entry of a state cannot be taken."""
         for name in ("seed", "step"):
             check_long(name, state[name])
-        for kept in TENSORS.values():
+        for kept in self._kept.values():
             if kept.saved and not kept.dtype.is_floating_point:
                 check_long(kept.saved, state[kept.saved])
             elif kept.saved:
@@ -191,14 +202,14 @@ class Session:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take the entries of a state."""
-        for name, kept in TENSORS.items():
+        for name, kept in self._kept.items():
             if kept.saved:
                 getattr(self, name).copy_(torch.tensor(state[kept.saved], dtype=kept.dtype))
 
     def to(self, device: torch.device) -> None:
         self.flush()
         self.pending, self.before = None, None
-        for name in (*TENSORS, "_next"):
+        for name in self._kept:
             setattr(self, name, getattr(self, name).to(device))
 
     @contextmanager

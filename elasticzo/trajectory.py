@@ -48,8 +48,9 @@ class TrajectoryLog:
         self.path, model = Path(path), zo.model
         self._fields = zo.fields()
         width = sum(n or 1 for n, _ in self._fields.values())
-        device = model.session.device
-        self._ring = torch.zeros(capacity, width, dtype=torch.float64, device=device)
+        exact = all(kind is int for _, kind in self._fields.values())  # a run in integers
+        dtype, device = torch.int64 if exact else torch.float64, model.session.device
+        self._ring = torch.zeros(capacity, width, dtype=dtype, device=device)
         self._host: list[dict[str, Any]] = []  # what the host knows, one a filled row
         header = zo.header() | {"versions": package_versions()}
         self.header = open_log(self.path, header, resume, model.step_index)

@@ -135,6 +135,11 @@ class ElasticZO(ZOModule):
         return self.engine.compute_dtype
 
     @property
+    def precision(self) -> str | None:
+        """Of float32 products in the head, where one was named."""
+        return self.engine.precision
+
+    @property
     def effective_pairing(self) -> str:
         """How the halves run: those of a model with parameters at its root, one by one."""
         return self.engine.effective_pairing

@@ -65,7 +65,10 @@ class Int8ZO(Step):
             raise ValueError(f"losses must have shape [{halves}], got {list(losses.shape)}")
         return losses.detach()
 
-    def _update(self, a: Tensor, found: Tensor) -> None:
+    def _not_finite(self, losses: Tensor) -> None:
+        """Integers are finite, and of a float that is none the sign is 0."""
+
+    def _update(self, a: Tensor, found: Any) -> None:
         self.update_by(a)
 
     def update_by(self, signs: Tensor) -> None:
@@ -104,7 +107,7 @@ class Int8ZO(Step):
     def fields(self) -> dict[str, tuple[int | None, type]]:
         return {"step": (None, int), "signs": (self.model.queries, int)}
 
-    def entry(self, step: Tensor, found: Tensor, losses: Tensor) -> dict[str, Any]:
+    def entry(self, step: Tensor, found: Any, losses: Tensor) -> dict[str, Any]:
         return {"step": step, "signs": self.signs, **self._noise(), "b_zo": self._b_zo}
 
     def _noise(self) -> dict[str, Any]:

@@ -94,7 +94,7 @@ class ElasticZOInt8(ZOModule):
         self.head = self._weights(resolve_scale(head, scale))
         self.trained = self._weights(dict.fromkeys(tail, 1.0))
         self.wanted_backend = backend
-        self.session = Session(seed, 0.0, torch.device("cpu"))
+        self.session = Session(seed, None, torch.device("cpu"))
         self._tapes: list[Tape] = []
         self._output: Tensor | None = None  # logits that the tapes belong to
         self._gradients: dict[str, Tensor] = {}
@@ -136,6 +136,10 @@ class ElasticZOInt8(ZOModule):
         if (r_max, p_zero) != (self.r_max, self.p_zero):
             self.set_direction(Sparse(r_max, p_zero))
 
+    def noise_of(self, name: str) -> Noise:
+        """The perturbation of a head parameter, its scale included."""
+        return Noise(self.direction.zeros(self.head.parameters[name]), self.r_max)
+
     def fixed(self) -> dict[str, Any]:
         return {"loss": self.loss, "fraction_bits": self.fraction_bits}
 
@@ -170,7 +174,7 @@ class ElasticZOInt8(ZOModule):
             out = Forward(self.network, None, 0, 1, {}, frozenset(), self.backend).run(x)
             return Int8Tensor(out.q, out.exponent.reshape(()))
         noise = {
-            self._of[head.name]: Noise(self.direction.zeros(head), self.r_max)
+            self._of[head.name]: self.noise_of(head.name)
             for head in self.head.parameters.values()
             if head.scale
         }
@@ -262,7 +266,7 @@ class ElasticZOInt8(ZOModule):
         super().forget_forwards()
         self._drop()
 
-    def end_step(self, found: Tensor) -> None:
+    def end_step(self, found: Tensor | None) -> None:
         super().end_step(found)
         self._drop()
 

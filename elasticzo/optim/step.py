@@ -48,7 +48,7 @@ class Step:
         model, session = self.model, self.model.session
         losses = self._take(losses)  # L+ and L-, of w + eps z and w - eps z
         self._check_ready()
-        found = session.not_finite(losses)
+        found = self._not_finite(losses)
         if model.cut.everything:  # Full BP: nothing is perturbed
             self.projected_gradient.zero_()
         else:
@@ -68,10 +68,14 @@ class Step:
         """The losses, checked, on the device."""
         raise NotImplementedError
 
+    def _not_finite(self, losses: Tensor) -> Tensor | None:
+        """1 on the device where the step is to be skipped; None where none ever is."""
+        return self.model.session.not_finite(losses)
+
     def _check_ready(self) -> None:
         self.model.session.check_ready(self.model.head)
 
-    def _update(self, a: Tensor, found: Tensor) -> None:
+    def _update(self, a: Tensor, found: Any) -> None:
         """Move the weights by the coefficients `[Q]`, unless `found`."""
         raise NotImplementedError
 
@@ -86,6 +90,6 @@ class Step:
         what kind."""
         raise NotImplementedError
 
-    def entry(self, step: Tensor, found: Tensor, losses: Tensor) -> dict[str, Any]:
+    def entry(self, step: Tensor, found: Any, losses: Tensor) -> dict[str, Any]:
         """What a log is told of a step: the fields as tensors, and what the host knows."""
         raise NotImplementedError
