@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from zo_kernels.rules import RULES
+
 KIB = 1024
 SHARED = {
     "cuda-80": 163 * KIB,
@@ -173,9 +175,9 @@ def _wide_accesses(row: Mapping[str, Any]) -> Iterator[str]:
 
 def _floats(row: Mapping[str, Any]) -> Iterator[str]:
     """Scalars come as float64 and are rounded before they are used. Integer kernels have neither;
-    conversions and reciprocals are the compiler's way to divide. Adam takes `1 - beta` before."""
+    conversions and reciprocals are the compiler's way to divide. A rule takes `1 - beta` before."""
     found = {"DADD", "DMUL", "DFMA", "DSETP"} & {*row["opcodes"]}
-    if row["constants"].get("RULE") == "adam":
+    if RULES[row["constants"].get("RULE", "sgd")].settings:
         found -= {"DADD"}
     if found and "fp64" not in row["name"]:
         yield f"float64 arithmetic: {', '.join(sorted(found))}"

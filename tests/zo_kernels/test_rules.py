@@ -49,6 +49,7 @@ def moved(case: str, w: Tensor, u: Tensor, state: list[Tensor], lr: float, decay
     if rule == "momentum":
         b = numbers[0] * state[0] + u
         return [w - lr * (u + numbers[0] * b if case == "nesterov" else b), b]
+    assert rule == "adam"
     if case == "adamw":
         w = w - lr * decay * w
     m = BETAS[0] * state[0] + (1 - BETAS[0]) * u

@@ -8,7 +8,7 @@ from torch import Tensor
 from zo_kernels.cpu.int8_kernels import cross_entropy, softmax_error
 from zo_kernels.cpu.noise import sample
 from zo_kernels.int8 import ERROR_EXPONENT, ROUNDINGS, check_target
-from zo_kernels.reference.int8_loss import integer_projected_sign  # noqa: F401
+from zo_kernels.reference.int8_loss import integer_projected_sign as integer_projected_sign
 from zo_kernels.reference.integer import rounding_words
 
 

@@ -31,7 +31,7 @@ class Handler:
         self, current: Pass, layer: Layer, forward: Callable[..., Any], args: Any, kwargs: Any
     ) -> Tensor:
         """What runs instead of a module's forward."""
-        x = args[0] if args else kwargs["input"]
+        x = args[0] if args else next(iter(kwargs.values()))  # torch calls it input, or x
         n = current.count
         if n > 1 and (x.dim() == 0 or x.shape[0] % n):
             raise ValueError(
