@@ -42,6 +42,9 @@ class BufferSnapshot:
             if buffer is not None:
                 self.saved.append((module, name, buffer, buffer.clone(), buffer._version))
 
+    def __len__(self) -> int:
+        return len(self.saved)
+
     def restore(self) -> None:
         for module, name, buffer, value, _ in self.saved:
             module._buffers[name] = buffer

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from elasticzo.buffers import address
 from elasticzo.settings import check_number
 
 
@@ -48,7 +47,8 @@ class Slot:
     @property
     def w(self) -> Any:
         """The weight that is there now."""
-        return self.module._parameters.get(self.local, self.module._buffers.get(self.local))
+        p = self.module._parameters.get(self.local)
+        return self.module._buffers[self.local] if p is None else p
 
 
 class Head:
@@ -69,10 +69,6 @@ class Head:
     def named(self) -> Iterator[tuple[str, Any]]:
         """The weights by name."""
         return ((slot.name, slot.w) for slot in self._slots)
-
-    def places(self) -> list[tuple[int, int]]:
-        """Which tensors they are, and where they lie."""
-        return [(id(slot.w), address(slot.w)) for slot in self._slots]
 
 
 def slots_of(model: nn.Module) -> dict[str, Slot]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Points:
         """(query, sign) of each half."""
         return ((half // 2, 1.0 - 2.0 * (half % 2)) for half in self.halves)
 
-    @property
+    @cached_property
     def span(self) -> tuple[int, int] | None:
         """(start, stop) where the points are neighbouring halves alone, as kernels take them."""
         if self.base or not self.halves or (self.halves.step != 1 and len(self.halves) > 1):

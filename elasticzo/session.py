@@ -11,7 +11,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from elasticzo.buffers import BufferSnapshot
+from elasticzo.buffers import BufferSnapshot, address
 from elasticzo.directions import Direction, Move
 from elasticzo.head import Head, Target
 from elasticzo.settings import check_long, check_number
@@ -121,12 +121,12 @@ class Session:
             )
         if known is None:
             return
-        for (name, p), seen, now in zip(head.named(), self.seen, head.places(), strict=True):
+        for (one, p), seen in zip(head, self.seen, strict=True):
             if id(p) not in known:
-                raise RuntimeError(REPLACED.format(name))
-            if now != seen:
+                raise RuntimeError(REPLACED.format(one.name))
+            if (id(p), address(p)) != seen:
                 raise RuntimeError(
-                    f"head parameter {name!r} was replaced or moved between the forward and "
+                    f"head parameter {one.name!r} was replaced or moved between the forward and "
                     "zo.step: the losses belong to other weights"
                 )
 
@@ -152,7 +152,7 @@ class Session:
     def advance(self, found: Tensor | None) -> None:
         """On to the next `z`; buffers that moved go back where the step was skipped."""
         if found is not None:
-            if self.before is not None:
+            if self.before:
                 self.before.restore_where(found != 0)
             self.skips += found.to(torch.int64)
             self.last_found.copy_(found)

@@ -92,7 +92,7 @@ class Pass:
     @property
     def count(self) -> int:
         """Points that a module called now serves."""
-        return self.halves if self.half is None else 1
+        return len(self.staging.here)
 
     def stage(
         self,
