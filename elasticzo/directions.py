@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -54,7 +55,7 @@ class Move:
         return {"rule": self.rule, "state": state, "settings": self.settings}
 
 
-class Direction:
+class Direction(ABC):
     """`z_q` of every weight of the head: a pure function of (seed, step, query, weight).
 
     A new direction is right on the day it has `weights` and `sum`; its update then costs a weight
@@ -64,14 +65,15 @@ class Direction:
     noise: str
     dense = False
 
+    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """What makes it another direction: it stands in logs and states."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sum(self, head: HeadParameter, w: Tensor, key: Tensor, a: Tensor, backend: str) -> Tensor:
         """`sum_q a_q s z_q`, like `w`: `a` is `[Q]` float64."""
-        raise NotImplementedError
 
+    @abstractmethod
     def weights(
         self,
         head: HeadParameter,
@@ -83,7 +85,6 @@ class Direction:
         backend: str,
     ) -> Tensor:
         """The weight at the points, `w +- eps s z_q`: `[len(points), *w.shape]`."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def update_(self, targets: Sequence[Target], move: Move, backend: str) -> None:

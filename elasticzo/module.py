@@ -7,6 +7,7 @@ prefixes, its children; here it finds the model's in place of it.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -22,7 +23,7 @@ from elasticzo.session import Session
 from zo_kernels import resolve_backend
 
 
-class ZOModule(nn.Module):
+class ZOModule(nn.Module, ABC):
     """A network whose head is trained by zeroth-order optimisation.
 
     Attributes:
@@ -76,9 +77,9 @@ class ZOModule(nn.Module):
         """Parameters that zeroth-order optimisation trains."""
         return (p for _, p in self.named_head_parameters())
 
+    @abstractmethod
     def named_tail_parameters(self) -> Iterator[tuple[str, Any]]:
         """What backpropagation trains, by name."""
-        raise NotImplementedError
 
     def tail_parameters(self) -> Iterator[Any]:
         """Parameters that backpropagation trains."""
@@ -118,12 +119,12 @@ class ZOModule(nn.Module):
         """On to the next `z`."""
         self.session.advance(found)
 
+    @abstractmethod
     def replayer(self, header: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], None]:
         """What makes a step of a log again, from its record.
 
         Raises: ValueError where the log is not of this model.
         """
-        raise NotImplementedError
 
     def moved(self, device: torch.device) -> None:
         """The weights are on another device now: so is all that a step has, and what was settled

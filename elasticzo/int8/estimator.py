@@ -14,8 +14,8 @@ from elasticzo.directions import Direction
 from elasticzo.estimator import Estimator
 from elasticzo.head import Head, HeadParameter
 from elasticzo.losses import SIDES
-from elasticzo.points import two_sided
-from zo_kernels import integer_projected_sign
+from elasticzo.points import Points, two_sided
+from zo_kernels import int8_perturbed_weights, integer_projected_sign, sample
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,33 @@ class Sparse(Direction):
     def zeros(self, head: HeadParameter) -> float:
         """The share of zeros of a weight: its scale multiplies the share of the others."""
         return max(0.0, 1.0 - (1.0 - self.p_zero) * head.scale)
+
+    def sum(self, head: HeadParameter, w: Tensor, key: Tensor, a: Tensor, backend: str) -> Tensor:
+        """`sum_q a_q z_q` of signs a, int32: what an update shifts."""
+        settings: dict[str, Any] = {"p_zero": self.zeros(head), "r_max": self.r_max}
+        total = torch.zeros(w.shape, dtype=torch.int32, device=w.device)
+        for query in range(a.numel()):
+            how: dict[str, Any] = {"tensor": head.index, "query": query, "noise": self.noise}
+            z = sample(w.shape, key, backend=backend, **how, **settings)
+            total += a[query] * z.to(torch.int32)
+        return total
+
+    def weights(
+        self,
+        head: HeadParameter,
+        w: Tensor,
+        key: Tensor,
+        eps: Tensor | None,
+        points: Points,
+        dtype: torch.dtype | None,
+        backend: str,
+    ) -> Tensor:
+        """`clip(w +- z_q)`, int8; there is no eps."""
+        assert points.span is not None
+        start, stop = points.span
+        settings: dict[str, Any] = {"p_zero": self.zeros(head), "r_max": self.r_max}
+        at: dict[str, Any] = {"tensor": head.index, "start": start, "stop": stop}
+        return int8_perturbed_weights(w, key, backend=backend, **at, **settings)
 
     def alike(self, head: Head) -> Iterator[tuple[float, list[tuple[HeadParameter, Tensor]]]]:
         """The weights that are perturbed, those with one share of zeros together."""

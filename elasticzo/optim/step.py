@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ class Log(Protocol):
     def record(self, step: Mapping[str, Any]) -> None: ...
 
 
-class Step:
+class Step(ABC):
     """One zeroth-order step. What a subclass adds is its rule.
 
     Attributes:
@@ -64,9 +65,9 @@ class Step:
         """Write every step from now on to a trajectory log (None detaches)."""
         self.log = log
 
+    @abstractmethod
     def _take(self, losses: Any) -> Tensor:
         """The losses, checked, on the device."""
-        raise NotImplementedError
 
     def _not_finite(self, losses: Tensor) -> Tensor | None:
         """1 on the device where the step is to be skipped; None where none ever is."""
@@ -75,21 +76,21 @@ class Step:
     def _check_ready(self) -> None:
         self.model.session.check_ready(self.model.head)
 
+    @abstractmethod
     def _update(self, a: Tensor, found: Any) -> None:
         """Move the weights by the coefficients `[Q]`, unless `found`."""
-        raise NotImplementedError
 
     # ---- the log
 
+    @abstractmethod
     def header(self) -> dict[str, Any]:
         """All that a replay depends on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fields(self) -> dict[str, tuple[int | None, type]]:
         """Entries of a step that live on the device: how many numbers (None: one alone), and of
         what kind."""
-        raise NotImplementedError
 
+    @abstractmethod
     def entry(self, step: Tensor, found: Any, losses: Tensor) -> dict[str, Any]:
         """What a log is told of a step: the fields as tensors, and what the host knows."""
-        raise NotImplementedError

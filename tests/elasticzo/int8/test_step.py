@@ -90,6 +90,28 @@ def test_forward_of_the_halves(
     assert torch.equal(out.q.long(), q) and int(out.exponent) == e and out.exponent.ndim == 0
 
 
+def test_the_direction_is_what_kernels_make(backend: str) -> None:
+    """`weights` and `sum` of the direction against the forward's weights and the update."""
+    model = ElasticZOInt8(
+        fixed_weights(small_net()), tail=1, r_max=9, p_zero=0.3, queries=2, scale={"0.*": 0.5}
+    )
+    direction, points, key = model.direction, model.estimator.points, model.session.key.clone()
+    signs = torch.tensor([1, -1], dtype=torch.int32)
+    moved = {}
+    for head, w in model.head:
+        at = (head, w, key)
+        for query in range(2):
+            one = (torch.arange(2) == query).to(torch.int32)
+            z = direction.sum(*at, one, backend)
+            halves = direction.weights(*at, None, points, None, backend)
+            for half, sign in ((2 * query, 1), (2 * query + 1, -1)):
+                assert torch.equal(halves[half].int(), (w.int() + sign * z).clamp(-127, 127))
+        moved[head.name] = (w.int() - direction.sum(*at, signs, backend)).clamp(-127, 127)
+    Int8ZO(model, b_zo=31).update_by(signs)
+    for name, w in model.named_head_parameters():
+        assert torch.equal(w.int(), moved[name])
+
+
 @pytest.mark.parametrize("loss", ["integer", "float"])
 def test_update_of_the_head(loss: str) -> None:
     model = ElasticZOInt8(small_net(), tail=1, r_max=9, p_zero=0.3, queries=3, loss=loss)
