@@ -224,7 +224,8 @@ class LowRank(Direction):
         left, right = (w.shape[0], self.rank), (w[0].numel(), self.rank)
         u = draw(self.noise, left, head, key, query, backend, "left").to(wide)
         v = draw(self.noise, right, head, held, query, backend, "right").to(wide)
-        return (u @ v.t()).mul_(self.rank**-0.5).view(w.shape)
+        with torch.autocast(w.device.type, enabled=False):  # the same z in a forward and a step
+            return (u @ v.t()).mul_(self.rank**-0.5).view(w.shape)
 
     def sum(self, head: HeadParameter, w: Tensor, key: Tensor, a: Tensor, backend: str) -> Tensor:
         total = torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32))

@@ -94,8 +94,8 @@ def open_log(path: Path, header: dict[str, Any], resume: bool, step: int) -> dic
         return header
     found, records = read_trajectory(path, header["format"])
     # Where a log began and with which packages is for the reader; the rest makes the run.
-    settings = [k for k in header if k not in ("start", "versions")]
-    keys = [k for k in settings if header[k] != found.get(k)]
+    settings = [k for k in {**header, **found} if k not in ("start", "fresh", "versions")]
+    keys = [k for k in settings if header.get(k) != found.get(k)]
     if keys:
         raise ValueError(f"{path} is the log of another run: {', '.join(keys)} differ")
     kept = [r for r in records if r["step"] < step]

@@ -47,7 +47,8 @@ class ElasticZO(ZOModule):
         scale: {name pattern: s}: perturbs by `eps * s * z`; update and g use the same `s z`.
         memory_budget, example_input: of tail="auto", the largest tail whose training step fits that
             many bytes: what torch's allocator holds at most, predicted by `elasticzo.memory` for a
-            batch like `example_input` (an input, or a tuple of them). Read it from `cut.tail`.
+            batch like `example_input` (an input, or a tuple of them) and a head without state
+            (plain `ZOSGD`). Read it from `cut.tail`.
         path: how a layer of the head is perturbed: "fused" (its kernel makes `z`; where one
             exists), "staged" (its halves are written first), "auto" (the faster one by
             `zo_kernels.paths`), or {name pattern: path}.
@@ -81,6 +82,11 @@ class ElasticZO(ZOModule):
         super().__init__()
         check_settings(model, eps, noise, queries, seed, pairing, backend)
         check_budget(tail, memory_budget, example_input, state_tensors)
+        if not isinstance(estimator, Estimator | None):
+            raise TypeError(
+                "estimator must be one of elasticzo.estimator, as one_sided(queries=4), got "
+                f"{estimator!r}"
+            )
         if estimator is not None and (noise, queries) != ("normal", 1):
             raise ValueError(
                 f"estimator has its own noise and queries: got noise={noise!r} and "

@@ -39,7 +39,7 @@ from elasticzo.forward.trees import Unbatched, unbatched
 from elasticzo.losses import pair_losses
 from elasticzo.memory.tracker import Peak, Tracker, tracked
 from elasticzo.module import ZOModule
-from elasticzo.optim import ZOSGD
+from elasticzo.optim import OPTIMIZERS, HeadOptimizer
 from elasticzo.settings import check_state_tensors
 
 STATE_TENSORS = 2  # a parameter of the tail: Adam's moments; momentum has 1, plain SGD 0
@@ -71,6 +71,7 @@ def training_memory(
     targets: Any = (),
     state_tensors: int = STATE_TENSORS,
     device: torch.device | str | None = None,
+    rule: str = "sgd",
 ) -> StepMemory:
     """Peak bytes of a training step of a wrapped model: forward, losses, backward, both updates.
 
@@ -87,6 +88,8 @@ def training_memory(
         state_tensors: tensors of the tail's optimiser for each of its parameters.
         device: where it is to run; None is where the model is. A model on the meta device, or on
             the CPU, can be planned for any device that this machine has.
+        rule: of the head's optimiser, one of `elasticzo.optim.OPTIMIZERS`: "momentum" keeps one
+            tensor a weight, "adam" two.
     Raises: ValueError where a forward depends on values; what the model's own forward raises.
 
     >>> from elasticzo import ElasticZO
@@ -102,7 +105,7 @@ def training_memory(
         twin = shadow(model, fake, tracker.device).train()
         twin.moved(tracker.device)
         twin.forget_forwards()
-        return step_memory(twin, tracker, fake, inputs, loss, targets, state_tensors)
+        return step_memory(twin, tracker, fake, inputs, loss, targets, state_tensors, rule)
 
 
 def step_memory(
@@ -113,6 +116,7 @@ def step_memory(
     loss: Loss | None,
     targets: Any,
     state_tensors: int,
+    rule: str = "sgd",
 ) -> StepMemory:
     """Two steps of a wrapped model without memory."""
     tracker.note((list(twin.parameters()), list(twin.buffers())), "weights")
@@ -127,7 +131,10 @@ def step_memory(
     tracker.note(([_plain(x) for x in pytree.tree_leaves(given)], wanted), "inputs")
     states = [torch.zeros_like(p) for p in tail for _ in range(state_tensors)]
     tracker.note(states, "optimizer")
-    zo = ZOSGD(twin, lr=0.0)
+    momentum = {"momentum": 0.5} if rule == "momentum" else {}
+    zo = OPTIMIZERS[rule](twin, lr=0.0, **momentum)
+    kept = [zo.state_of(p) for p in twin.head_parameters()]
+    tracker.note(kept, "optimizer")
     peaks = []
     with values_absent():
         for _ in range(2):
@@ -137,7 +144,7 @@ def step_memory(
 
 def _step(
     twin: ZOModule,
-    zo: ZOSGD,
+    zo: HeadOptimizer,
     tail: list[nn.Parameter],
     tracker: Tracker,
     inputs: tuple[Any, ...],

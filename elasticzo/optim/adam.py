@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,11 @@ from elasticzo.head import Target
 from elasticzo.module import ZOModule
 from elasticzo.optim.head import HeadOptimizer
 from elasticzo.settings import check_number
+
+_NARROW = (
+    "beta2={} keeps squares longer than bfloat16 can add to them: exp_avg_sq of {!r} will stall; "
+    "use float32 weights, or betas=(0.9, 0.99)"
+)
 
 
 class ZOAdam(HeadOptimizer):
@@ -44,12 +50,20 @@ class ZOAdam(HeadOptimizer):
         eps: float = 1e-8,
         decoupled_weight_decay: bool = False,
     ) -> None:
-        for i, beta in enumerate(betas):
-            check_number(f"betas[{i}]", beta, "in [0, 1)", lambda v: 0.0 <= v < 1.0)
-        check_number("eps", eps, "a finite number > 0", lambda v: 0.0 < v < float("inf"))
         defaults = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
         defaults["decoupled_weight_decay"] = decoupled_weight_decay
         super().__init__(model, defaults, groups, clip, defer)
+        narrow = [n for n, p in model.named_head_parameters() if p.dtype == torch.bfloat16]
+        if narrow and 1.0 - betas[1] < 2.0**-8:
+            warnings.warn(_NARROW.format(betas[1], narrow[0]), stacklevel=2)
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        betas = group["betas"]
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise ValueError(f"betas must be two numbers, got {betas!r}")
+        for i, beta in enumerate(betas):
+            check_number(f"betas[{i}]", beta, "in [0, 1)", lambda v: 0.0 <= v < 1.0)
+        check_number("eps", group["eps"], "a finite number > 0", lambda v: 0.0 < v < float("inf"))
 
     def numbers(self, group: dict[str, Any]) -> list[float]:
         return [*group["betas"], group["eps"], float(group["decoupled_weight_decay"])]
@@ -60,8 +74,10 @@ class ZOAdam(HeadOptimizer):
 
     def state_of(self, p: Tensor) -> tuple[Tensor, ...]:
         state = self.state[p]
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+        step = state.get("step")
+        if step is None:
+            step = torch.zeros((), dtype=torch.float32)
+        state["step"] = step.to(p.device)
         return super().state_of(p)
 
     def settings(self, targets: Sequence[Target], found: Tensor) -> Tensor:
@@ -69,6 +85,7 @@ class ZOAdam(HeadOptimizer):
         rows = super().settings(targets, found)
         assert rows is not None
         steps = [self.state[t.w]["step"] for t in targets]
-        torch._foreach_add_(steps, 1.0 - found)
-        t = torch.stack(steps).to(torch.float64).unsqueeze(1)
+        counts = torch.stack(steps) + (1.0 - found)
+        torch._foreach_copy_(steps, counts.unbind())
+        t = counts.to(torch.float64).unsqueeze(1)
         return torch.cat([rows[:, :3], 1.0 - rows[:, :2] ** t, rows[:, 3:]], 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -27,13 +27,12 @@ def _is_rate(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and float(value) >= 0.0
 
 
-def check_groups(of: str, saved: Any) -> None:
+def check_groups(of: str, saved: Any, entries: Iterable[str]) -> None:
     """Groups of a state, which may have what a schedule keeps in them, too."""
     if not isinstance(saved, (list, tuple)):
         raise ValueError(f"param_groups of a state of {of} must be a list, got {saved!r}")
     for i, group in enumerate(saved):
-        entries = ("params", "lr", "weight_decay")
-        check_saved(f"{of}, param_groups[{i}],", group, entries, {}, more=True)
+        check_saved(f"{of}, param_groups[{i}],", group, ("params", *entries), {}, more=True)
         if not isinstance(group["params"], (list, tuple)):
             raise ValueError(f"params of param_groups[{i}] must be a list, got {group['params']!r}")
     check_rates(saved)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ class HeadOptimizer(Step, torch.optim.Optimizer):  # type: ignore[misc]  # of `s
         self._parts: tuple[list[Target], list[int], list[int], list[Target]] | None = None
         self._settings: dict[str, tuple[Tensor, list[Any]]] = {}
         super().__init__(complete_groups(model, groups, defaults), defaults)
-        check_rates(self.param_groups)
+        self._check_numbers(self.param_groups)
         self._known = {id(p) for group in self.param_groups for p in group["params"]}
         model.session.skips.zero_()
         shape, device = model.queries, model.session.device
@@ -72,6 +72,9 @@ class HeadOptimizer(Step, torch.optim.Optimizer):  # type: ignore[misc]  # of `s
 
     def take_numbers(self, group: dict[str, Any], numbers: Sequence[float]) -> None:
         """Set them, as a log has them."""
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Raise ValueError for numbers of a group that the rule cannot have."""
 
     def settings(self, targets: Sequence[Target], found: Tensor) -> Tensor | None:
         """The rule's numbers, `[T, n]` float64, a row a target."""
@@ -91,9 +94,9 @@ class HeadOptimizer(Step, torch.optim.Optimizer):  # type: ignore[misc]  # of `s
         if not names:
             return ()
         state = self.state[p]
-        for name in names:
-            if name not in state:
-                state[name] = torch.zeros_like(p)
+        for name in names:  # a weight may have moved since
+            there = name in state
+            state[name] = state[name].to(p) if there else torch.zeros_like(p)
         return tuple(state[name] for name in names)
 
     # ---- the update
@@ -137,9 +140,18 @@ class HeadOptimizer(Step, torch.optim.Optimizer):  # type: ignore[misc]  # of `s
         to shrink them."""
         decays = tuple(float(group["weight_decay"]) for group in self.param_groups)
         members = tuple(tuple(map(id, group["params"])) for group in self.param_groups)
-        if self._cached is None or self._cached[0] != (decays, members):
+        if self._cached is None or self._cached[0] != (decays, members) or not self._current():
             self._cached = ((decays, members), self._find_targets(decays))
         return self._cached[1]
+
+    def _current(self) -> bool:
+        """Whether the state of the targets is what stands in `state`: it is a user's to change."""
+        names = RULES[self.rule].state
+        return not names or all(
+            s is self.state[t.w].get(name) and s.dtype == t.w.dtype
+            for t in (self._cached[1] if self._cached else ())
+            for name, s in zip(names, t.state, strict=True)
+        )
 
     def _find_targets(self, decays: tuple[float, ...]) -> list[Target]:
         group_of = {id(p): i for i, g in enumerate(self.param_groups) for p in g["params"]}
@@ -198,7 +210,15 @@ class HeadOptimizer(Step, torch.optim.Optimizer):  # type: ignore[misc]  # of `s
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """torch builds the groups by it; parameters outside of the head are refused."""
         params = check_member("param_group", param_group, self.model)
+        if self.log is not None:
+            raise RuntimeError("a log is attached, which has the groups it began with: detach it")
         super().add_param_group({**param_group, "params": params})
+        self._check_numbers(self.param_groups[-1:])
+
+    def _check_numbers(self, groups: Sequence[dict[str, Any]]) -> None:
+        check_rates(groups)
+        for group in groups:
+            self.check_group(group)
 
     # ---- what happened
 
@@ -236,7 +256,15 @@ class HeadOptimizer(Step, torch.optim.Optimizer):  # type: ignore[misc]  # of `s
             **self._run(),
             "head": head,
             "backend": model.backend,
+            **self._fresh(),
         }
+
+    def _fresh(self) -> dict[str, bool]:
+        """Whether what the rule keeps is zero, where it keeps something. Reads the device."""
+        if not RULES[self.rule].state:
+            return {}
+        kept = [t for state in self.state.values() for t in state.values()]
+        return {"fresh": not any(bool(t.any()) for t in kept)}
 
     def fields(self) -> dict[str, tuple[int | None, type]]:
         groups = len(self.param_groups)
@@ -304,7 +332,8 @@ class HeadOptimizer(Step, torch.optim.Optimizer):  # type: ignore[misc]  # of `s
         numbers = ("seed", "step", *model.session.saved())
         check_saved(f"{of} under 'zo'", saved, (*numbers, *now), now)
         model.session.check(saved)
-        check_groups(of, state_dict["param_groups"])
+        check_groups(of, state_dict["param_groups"], self.defaults)
+        self._check_numbers(state_dict["param_groups"])
         self._check_state(of, state_dict["state"])
         model.flush()
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "zo"})
@@ -318,14 +347,17 @@ class HeadOptimizer(Step, torch.optim.Optimizer):  # type: ignore[misc]  # of `s
     def _check_state(self, of: str, state: Any) -> None:
         """Of every weight that has a state, all that the rule keeps."""
         params = [p for group in self.param_groups for p in group["params"]]
+        if not isinstance(state, Mapping) or not all(at in range(len(params)) for at in state):
+            raise ValueError(f"state of a state of {of} must be of {len(params)} weights at most")
         for at, kept in state.items():
             entries = [*self.counted, *RULES[self.rule].state]
             check_saved(f"{of}, state[{at}],", kept, entries, {})
             shapes = [torch.Size()] * len(self.counted) + [params[at].shape] * len(entries)
             for name, shape in zip(entries, shapes, strict=False):
-                if not isinstance(kept[name], Tensor) or kept[name].shape != shape:
-                    came = getattr(kept[name], "shape", kept[name])
-                    wanted = f"a tensor of shape {list(shape)}"
+                t = kept[name]
+                if not isinstance(t, Tensor) or t.shape != shape or not t.is_floating_point():
+                    came = f"{t.dtype} {list(t.shape)}" if isinstance(t, Tensor) else repr(t)
+                    wanted = f"a floating tensor of shape {list(shape)}"
                     raise ValueError(f"{name} of state[{at}] must be {wanted}, got {came}")
 
     counted: tuple[str, ...] = ()  # what `state_of` keeps besides

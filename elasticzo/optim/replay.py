@@ -10,7 +10,6 @@ import torch
 from elasticzo.module import ZOModule
 from elasticzo.optim import OPTIMIZERS
 from elasticzo.optim.head import FORMAT, HeadOptimizer
-from zo_kernels import RULES
 
 
 def replayer(model: ZOModule, header: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], None]:
@@ -20,13 +19,16 @@ def replayer(model: ZOModule, header: Mapping[str, Any]) -> Callable[[Mapping[st
     """
     if header["format"] != FORMAT:
         raise ValueError(f"expected a log of format {FORMAT}, got {header['format']!r}")
+    skips = model.session.skips.clone()
     zo = _optimizer(model, header)
+    model.session.skips.copy_(skips)  # a replay is no run of its own
+    count = _groups(header)
     device = model.session.device
 
     def make_again(record: Mapping[str, Any]) -> None:
         rates, numbers = record["lr"], record.get("numbers", [])
         width = len(numbers) // len(rates)
-        for i, group in enumerate(zo.param_groups[: len(rates)]):
+        for i, group in enumerate(zo.param_groups[:count]):
             group["lr"], group["weight_decay"] = rates[i], record["weight_decay"][i]
             if width:
                 zo.take_numbers(group, numbers[i * width : (i + 1) * width])
@@ -35,6 +37,11 @@ def replayer(model: ZOModule, header: Mapping[str, Any]) -> Callable[[Mapping[st
         zo.update_from(losses, found)
 
     return make_again
+
+
+def _groups(header: Mapping[str, Any]) -> int:
+    """How many groups have weights that the log updates."""
+    return 1 + max((h["group"] for h in header["head"]), default=0)
 
 
 def _optimizer(model: ZOModule, header: Mapping[str, Any]) -> HeadOptimizer:
@@ -50,13 +57,15 @@ def _optimizer(model: ZOModule, header: Mapping[str, Any]) -> HeadOptimizer:
             f"{model.backend!r}: give backend={header['backend']!r}"
         )
     rule = header.get("rule", "sgd")
-    if RULES[rule].state and header["start"] != 0:
+    if rule not in OPTIMIZERS:
+        raise ValueError(f"the log has the rule {rule!r}, known are {', '.join(OPTIMIZERS)}")
+    if not header.get("fresh", True):
         raise ValueError(
             f"the log begins at step {header['start']}, where the state of its rule ({rule}) was "
             "not zero: it cannot be replayed from its header"
         )
-    count = 1 + max((h["group"] for h in logged), default=0)
-    groups = [[names[h["name"]] for h in logged if h["group"] == i] for i in range(count)]
+    members = range(_groups(header))
+    groups = [[names[h["name"]] for h in logged if h["group"] == i] for i in members]
     how: dict[str, Any] = {"momentum": 0.5} if rule == "momentum" else {}  # each record has its own
     zo = OPTIMIZERS[rule](
         model, lr=0.0, groups=[{"params": g} for g in groups], clip=header["clip"], **how

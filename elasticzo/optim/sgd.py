@@ -47,14 +47,17 @@ class ZOSGD(HeadOptimizer):
         momentum: float = 0.0,
         nesterov: bool = False,
     ) -> None:
-        check_number("momentum", momentum, "in [0, 1)", lambda v: 0.0 <= v < 1.0)
+        defaults: dict[str, Any] = {"momentum": momentum, "nesterov": nesterov}
+        self.check_group(defaults)
         if nesterov and not momentum:
             raise ValueError("nesterov needs momentum > 0")
-        defaults: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
-        if momentum:
-            self.rule = "momentum"
-            defaults |= {"momentum": momentum, "nesterov": nesterov}
+        defaults = (defaults if momentum else {}) | {"lr": lr, "weight_decay": weight_decay}
+        self.rule = "momentum" if momentum else "sgd"
         super().__init__(model, defaults, groups, clip, defer)
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        momentum = group.get("momentum", 0.0)
+        check_number("momentum", momentum, "in [0, 1)", lambda v: 0.0 <= v < 1.0)
 
     def numbers(self, group: dict[str, Any]) -> list[float]:
         return [group["momentum"], float(group["nesterov"])]
