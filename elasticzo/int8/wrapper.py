@@ -275,6 +275,10 @@ class ElasticZOInt8(ZOModule):
 
     # ---- nn.Module
 
+    def get_submodule(self, target: str) -> nn.Module:
+        """A layer by its name, which may be that of an attribute (`head`, say)."""
+        return self.network.tree.get_submodule(target) if target else self
+
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:

@@ -106,7 +106,7 @@ def test_loading_forgets_a_forward() -> None:
 
 
 def test_layers_may_have_the_names_of_attributes() -> None:
-    names = ("network", "cut", "gradients", "loss", "queries")
+    names = ("network", "cut", "gradients", "loss", "queries", "head", "session", "estimator")
     layers = [nn.Linear(2, 2, bias=False) for _ in names]
     with torch.no_grad():
         for i, layer in enumerate(layers):
@@ -115,5 +115,7 @@ def test_layers_may_have_the_names_of_attributes() -> None:
     model, other = ElasticZOInt8(parts, tail=1), ElasticZOInt8(parts, tail=1, seed=3)
     train(model, [batch((3, 2), 2)], b_zo=7)
     assert list(model.state_dict())[::2] == [f"{name}.weight" for name in names]
+    assert all(model.get_submodule(name) is model.network.layers[name] for name in names)
+    model.set_noise(r_max=3)
     other.load_state_dict(model.state_dict())
     assert digest(other) == digest(model)
