@@ -3,16 +3,17 @@
 A zeroth-order step in its own order (arXiv:2501.04287, abstract), by the parts that the wrapper and
 its optimisers exchange:
 
+>>> from elasticzo.head import HeadParameter
 >>> f = lambda w: (w - 1.0).square().sum()
 >>> w, seed_and_step = torch.zeros(3), torch.tensor([7, 0])
 >>> eps, lr = torch.tensor(1e-3, dtype=torch.float64), 0.1
->>> spsa_ = spsa()
+>>> paper_s = spsa()
 >>> at = (HeadParameter("w", index=0, scale=1.0), w, seed_and_step)
->>> W = spsa_.direction.weights(*at, eps, spsa_.points, None, "auto")  # w + eps z and w - eps z
+>>> W = paper_s.direction.weights(*at, eps, paper_s.points, None, "auto")  # w + eps z and w - eps z
 >>> L = torch.stack([f(half) for half in W])  # the two passes, without gradients
->>> g = spsa_.project(L, eps)  # (L+ - L-) / (2 eps)
->>> a = spsa_.coefficients(g, clip=None)  # g / Q
->>> w -= lr * spsa_.direction.sum(*at, a, "auto")  # w <- w - lr g z, the same z made again
+>>> g = paper_s.project(L, eps)  # (L+ - L-) / (2 eps)
+>>> a = paper_s.coefficients(g, clip=None)  # g / Q
+>>> w -= lr * paper_s.direction.sum(*at, a, "auto")  # w <- w - lr g z, the same z made again
 >>> bool(f(w) < f(torch.zeros(3)))
 True
 

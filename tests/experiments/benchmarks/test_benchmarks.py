@@ -21,7 +21,7 @@ pytest.importorskip("tyro")
 pytest.importorskip("matplotlib")
 
 import zo_kernels
-from elasticzo import optimizer
+from elasticzo import directions
 from elasticzo.models import VGG11
 from experiments import timing
 from experiments.benchmarks import __main__ as command
@@ -251,7 +251,7 @@ def test_a_wrong_step_is_refused(fault: str, bench: Bench, monkeypatch: pytest.M
             contestants.reference, "sample", lambda *args, **kwargs: -draw(*args, **kwargs)
         )
     elif fault == "update":
-        monkeypatch.setattr(optimizer, "update_", lambda *args, **kwargs: None)
+        monkeypatch.setattr(directions, "update_", lambda *args, **kwargs: None)
     else:
         passes = contestants.Plain._two
         monkeypatch.setattr(
