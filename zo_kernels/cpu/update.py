@@ -96,19 +96,31 @@ def update_rows_(
             ruled = (CODES[rule], *_three(memory), numbers[i], *args)
             over_threads(rule_sweep, ruled, walk, first_row)
         write_back([w, *own], targets)
-    if not small:
-        return
-    places = tuple((params[i].data_ptr(), params[i].shape, params[i].stride()) for i in small)
-    who = tuple((tensors[i], groups[i], scales[i]) for i in small)
+    if small:
+        members = [[params[i], *state[i :: len(params)]] for i in small]
+        who = tuple((tensors[i], groups[i], scales[i]) for i in small)
+        given = (coeff32, rates, decays, words)
+        _update_small(members, who, small, noise, rule, numbers, given)
+
+
+def _update_small(
+    members: list[list[Tensor]],
+    who: tuple[tuple[int, int, float], ...],
+    rows: list[int],
+    noise: str,
+    rule: str,
+    numbers: Any,
+    given: tuple[Any, ...],
+) -> None:
+    """One compiled call for all small weights; each with its state, and its row of numbers."""
+    places = tuple((w.data_ptr(), w.shape, w.stride()) for w, *_ in members)
     table, factors = small_table(places, who, noise)
     if rule == "sgd":
-        update_all(table, factors, coeff32, rates, decays, words)
+        update_all(table, factors, *given)
         return
-    owners = [_three([params[i], *state[i :: len(params)]]) for i in small]
-    kept = np.array(
-        [(i, b.data_ptr(), c.data_ptr()) for i, (_, b, c) in zip(small, owners, strict=True)]
-    )
-    rule_all(CODES[rule], table, kept, numbers, factors, coeff32, rates, decays, words)
+    owners = zip(rows, map(_three, members), strict=True)
+    kept = np.array([(i, b.data_ptr(), c.data_ptr()) for i, (_, b, c) in owners])
+    rule_all(CODES[rule], table, kept, numbers, factors, *given)
 
 
 def _three(found: list[Any]) -> list[Any]:
