@@ -57,6 +57,7 @@ class HeadOptimizer(Step, torch.optim.Optimizer):  # type: ignore[misc]  # of `s
         self._cached: tuple[Any, list[Target]] | None = None
         self._parts: tuple[list[Target], list[int], list[int], list[Target]] | None = None
         self._settings: dict[str, tuple[Tensor, list[Any]]] = {}
+        self._entries = tuple(defaults)  # of a group; torch adds to `defaults` when it loads
         super().__init__(complete_groups(model, groups, defaults), defaults)
         self._check_numbers(self.param_groups)
         self._known = {id(p) for group in self.param_groups for p in group["params"]}
@@ -332,7 +333,7 @@ class HeadOptimizer(Step, torch.optim.Optimizer):  # type: ignore[misc]  # of `s
         numbers = ("seed", "step", *model.session.saved())
         check_saved(f"{of} under 'zo'", saved, (*numbers, *now), now)
         model.session.check(saved)
-        check_groups(of, state_dict["param_groups"], self.defaults)
+        check_groups(of, state_dict["param_groups"], self._entries)
         self._check_numbers(state_dict["param_groups"])
         self._check_state(of, state_dict["state"])
         model.flush()
