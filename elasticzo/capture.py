@@ -30,7 +30,7 @@ class CapturedStep:
     """A step that repeats itself: `losses = step(x, y)`; made by `capture_step`.
 
     Attributes:
-        losses: `[2Q]`, of the last step. On CUDA the next step overwrites them: clone to keep.
+        losses: `[2Q]`, or `[2Q, B]` by sample, of the last step. On CUDA the next step overwrites them: clone to keep.
         captured: whether it is a CUDA graph; on other devices it runs eagerly.
         graph: that one.
     """
@@ -92,7 +92,9 @@ class CapturedStep:
         """What is captured."""
         if self.tail is not None:
             self.tail.zero_grad(set_to_none=True)
-        losses = pair_losses(self.loss, self.model(*self._inputs), *self._targets)
+        outputs = self.model(*self._inputs)
+        reduction = self.model.reduction
+        losses = pair_losses(self.loss, outputs, *self._targets, reduction=reduction)
         self.model.backward(losses, self.source)
         if self.tail is not None:
             self.tail.step()

@@ -89,18 +89,23 @@ class Direction(ABC):
     @torch.no_grad()
     def update_(self, targets: Sequence[Target], move: Move, backend: str) -> None:
         """Update the targets in place; rows that stay do so."""
-        with _rows_stay(targets):
+        with rows_stay(targets):
             self._update(targets, move, backend)
 
     def _update(self, targets: Sequence[Target], move: Move, backend: str) -> None:
         for i, t in enumerate(targets):
             u = self.sum(t.head, t.w, move.key, move.coeff, backend)
-            numbers = None if move.settings is None else move.settings[i]
-            at = (move.lr[t.group], move.weight_decay[t.group], move.skip)
-            words = None
-            if t.w.dtype == torch.bfloat16:  # what stochastic rounding decides by
-                words = draw("bits", t.w.shape, t.head, move.key, 0, backend, "rounding")
-            apply_rule_(t.w, u, *at, move.rule, t.state, numbers, words)
+            apply_(t, u, move.of([i]), backend)
+
+
+def apply_(t: Target, u: Tensor, move: Move, backend: str) -> None:
+    """One update of a weight by its estimate `u`; `move` is of this target alone."""
+    numbers = None if move.settings is None else move.settings[0]
+    at = (move.lr[t.group], move.weight_decay[t.group], move.skip)
+    words = None
+    if t.w.dtype == torch.bfloat16:  # what stochastic rounding decides by
+        words = draw("bits", t.w.shape, t.head, move.key, 0, backend, "rounding")
+    apply_rule_(t.w, u, *at, move.rule, t.state, numbers, words)
 
 
 def draw(
@@ -111,14 +116,16 @@ def draw(
     query: int,
     backend: str,
     purpose: str = "noise",
+    first_row: int = 0,
 ) -> Tensor:
     """Noise that belongs to a weight; each purpose is a stream of its own."""
     at: dict[str, Any] = {"tensor": head.index, "query": query, "purpose": purpose}
+    at["first_row"] = first_row
     return sample(shape, key, noise=noise, backend=backend, **at)
 
 
 @contextmanager
-def _rows_stay(targets: Sequence[Target]) -> Iterator[None]:
+def rows_stay(targets: Sequence[Target]) -> Iterator[None]:
     """Padding rows of embeddings, and what a rule keeps for them, are put back."""
     still = [
         tensor[t.head.still_row]

@@ -23,7 +23,7 @@ The wrapper's forward does the first two, `elasticzo.optim.step.Step.step` the o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from torch import Tensor
 from elasticzo.directions import Dense, Direction, LowRank
 from elasticzo.losses import SIDES
 from elasticzo.points import Points, plus_sides, two_sided
+from elasticzo.samples import Samples
 from elasticzo.settings import check_queries
 
 Project = Callable[[Tensor, Tensor], Tensor]  # losses [N], eps [] -> g [Q]
@@ -61,6 +62,7 @@ class Estimator:
         difference: the projected gradients of the losses at these points.
         sources: halves of the losses that a tail may learn from, by name.
         average: whether the coefficients are averaged over the queries; signs add up.
+        samples: the directions of weights that are learnt by sample.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Estimator:
     difference: Project
     sources: Mapping[str, slice]
     average: bool = True
+    samples: Samples = field(default_factory=Samples)
 
     def __post_init__(self) -> None:
         check_queries(self.queries)
@@ -79,7 +82,8 @@ class Estimator:
         return self.direction.noise
 
     def project(self, losses: Tensor, eps: Tensor) -> Tensor:
-        """The projected gradients `g`, `[Q]`, from the losses of the points."""
+        """The projected gradients `g`, `[Q]` or `[Q, B]`, from the losses of the points (and
+        samples)."""
         return self.difference(losses.detach(), eps)
 
     def coefficients(self, g: Tensor, clip: float | None) -> Tensor:

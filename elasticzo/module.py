@@ -68,6 +68,12 @@ class ZOModule(nn.Module, ABC):
         nothing to perturb ("all")."""
         return 1 if self.cut.everything else len(self.estimator.points)
 
+    @property
+    def reduction(self) -> str | None:
+        """What a step needs of `pair_losses`: "none", the loss of each sample, where weights are
+        learnt by noise of samples or nodes; else None, the loss's own."""
+        return "none" if self.head.by_sample and not self.cut.everything else None
+
     def named_head_parameters(self) -> Iterator[tuple[str, Any]]:
         """The head by name, as the last step left it."""
         self.flush()
@@ -110,6 +116,11 @@ class ZOModule(nn.Module, ABC):
             )
         # Not by an attribute's way: a layer of an integer network may have this name.
         self.__dict__["estimator"] = replace(self.estimator, direction=direction)
+
+    def estimates(self, a: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Estimates of the gradients of weights that are not learnt by noise of their own
+        elements, by name, from the coefficients of the directions (and samples)."""
+        return iter(())
 
     def fixed(self) -> dict[str, Any]:
         """Settings of its own that must be the same when a run goes on."""

@@ -40,6 +40,8 @@ TENSORS = {
 # What the host knows of this step.
 FLAGS: dict[str, Any] = {
     "forwards": 0,  # training forwards since the last step
+    "samples": 0,  # in those
+    "kept": (),  # what they left for the step to learn from
     "gated": False,  # whether `found` says what the tail needs to know
     "before": None,  # buffers as the last step left them
     "seen": (),  # weights of the head as the last forward read them
@@ -61,6 +63,8 @@ class Session:
     last_found: Tensor
     skips: Tensor
     forwards: int
+    samples: int
+    kept: tuple[Any, ...]
     gated: bool
     before: BufferSnapshot | None
     seen: Sequence[tuple[int, int]]
@@ -104,8 +108,11 @@ class Session:
 
     # ---- a step
 
-    def note_forward(self) -> None:
+    def note_forward(self, samples: int | None = None, kept: Sequence[Any] = ()) -> None:
+        """A training forward ran, over so many samples; what it kept, the step will want."""
         self.forwards += 1
+        self.samples += samples or 0
+        self.kept = (*self.kept, *kept)
 
     def note_losses(self, finite: Tensor) -> None:
         """A backward looked at losses: `[]` bool."""

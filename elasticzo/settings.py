@@ -81,7 +81,6 @@ def _differ(a: Any, b: Any) -> bool:
 def check_settings(
     model: Any,
     eps: float,
-    noise: str,
     queries: int,
     seed: int,
     pairing: str,
@@ -91,7 +90,6 @@ def check_settings(
         raise TypeError(f"model must be an nn.Module in Python, got {type(model).__name__}")
     refuse_wrapped(type(model).__name__, model)
     check_number("eps", eps, "a finite number > 0", lambda v: 0.0 < v < float("inf"))
-    check_noise(noise)
     check_queries(queries)
     check_long("seed", seed)
     if pairing not in ("stacked", "sequential"):

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +30,15 @@ MAX_CAPACITY = 1 << 24
 class TrajectoryLog:
     """Writes a run of `zo` to a file.
 
-    Steps are collected in a ring buffer on the device; `drain` writes them out (and is called when
-    the ring is full; the last steps are yours to drain), so that a step itself waits for nothing.
+    Steps are collected on the device; `drain` writes them out (and is called when `capacity` of
+    them wait; the last steps are yours to drain), so that a step itself waits for nothing.
 
     Args:
         path: of the file; made new unless `resume`.
         zo: the optimiser whose steps are written, of floats or integers; `zo.attach(log)` is done
             here.
         resume: go on behind the record of step `zo.model.step_index - 1`, dropping later ones.
-        capacity: steps the ring holds.
+        capacity: steps that wait at most.
     Raises: FileExistsError for a file that is there, ValueError for one of another run.
     """
 
@@ -47,38 +48,40 @@ class TrajectoryLog:
         check_integer("capacity", capacity, 1, MAX_CAPACITY, "[1, 2^24]")
         self.path, model = Path(path), zo.model
         self._fields = zo.fields()
-        width = sum(n or 1 for n, _ in self._fields.values())
-        exact = all(kind is int for _, kind in self._fields.values())  # a run in integers
-        dtype, device = torch.int64 if exact else torch.float64, model.session.device
-        self._ring = torch.zeros(capacity, width, dtype=dtype, device=device)
-        self._host: list[dict[str, Any]] = []  # what the host knows, one a filled row
+        exact = all(kind is int for kind in self._fields.values())  # a run in integers
+        self._dtype, self._capacity = torch.int64 if exact else torch.float64, capacity
+        # Of each step: its numbers on the device, their shapes, what the host knows.
+        self._steps: list[tuple[Tensor, list[torch.Size], dict[str, Any]]] = []
         header = zo.header() | {"versions": package_versions()}
         self.header = open_log(self.path, header, resume, model.step_index)
         zo.attach(self)
 
     def record(self, step: Mapping[str, Any]) -> None:
-        """Take note of one step; waits for the device only when the ring is full."""
-        if len(self._host) == len(self._ring):
+        """Take note of one step; waits for the device only when `capacity` of them wait."""
+        if len(self._steps) == self._capacity:
             self.drain()
-        row, at = self._ring[len(self._host)], 0
-        for name, (n, _) in self._fields.items():
-            row[at : at + (n or 1)] = step[name]
-            at += n or 1
-        self._host.append({k: v for k, v in step.items() if not isinstance(v, Tensor)})
+        tensors = [step[name].detach() for name in self._fields]
+        row = torch.cat([t.reshape(-1).to(self._dtype) for t in tensors])
+        host = {k: v for k, v in step.items() if not isinstance(v, Tensor)}
+        self._steps.append((row, [t.shape for t in tensors], host))
 
     def drain(self) -> None:
         """Write the collected steps and flush them to the disk."""
-        rows = self._ring[: len(self._host)].tolist()
-        records = [self._entry(row) | host for row, host in zip(rows, self._host, strict=True)]
-        if records:
-            append_records(self.path, records)
-        self._host = []
+        if not self._steps:
+            return
+        numbers = iter(torch.cat([row for row, *_ in self._steps]).tolist())
+        records = [self._entry(numbers, shapes) | host for _, shapes, host in self._steps]
+        append_records(self.path, records)
+        self._steps = []
 
-    def _entry(self, row: list[float]) -> dict[str, Any]:
+    def _entry(self, numbers: Iterator[float], shapes: list[torch.Size]) -> dict[str, Any]:
+        """The fields of a step, nested as their tensors were."""
         found: dict[str, Any] = {}
-        for name, (n, kind) in self._fields.items():
-            values, row = row[: n or 1], row[n or 1 :]
-            found[name] = kind(values[0]) if n is None else [kind(v) for v in values]
+        for (name, kind), shape in zip(self._fields.items(), shapes, strict=True):
+            values: Any = [kind(v) for v in islice(numbers, shape.numel())]
+            for size in reversed(shape[1:]):
+                values = [values[i : i + size] for i in range(0, len(values), size)]
+            found[name] = values if shape else values[0]
         return found
 
 
@@ -165,13 +168,21 @@ def _records(path: Path, lines: list[str]) -> Iterator[dict[str, Any]]:
 
 
 @torch.no_grad()
-def replay(path: str | Path, model: ZOModule, steps: int | None = None) -> int:
+def replay(
+    path: str | Path,
+    model: ZOModule,
+    steps: int | None = None,
+    batches: Iterable[Any] | None = None,
+) -> int:
     """Rebuild the head's weights from the log of a run.
 
     Args:
         path: the log.
         model: as the run began with: the same cut, scales, estimator and first weights.
         steps: how many records to replay; None is all.
+        batches: the model's inputs at each step, a tensor or a tuple of arguments, or a list of
+            those where a step had micro-batches; they are needed where weights are learnt by noise
+            of "node", whose update depends on what the layers read.
     Returns: the step after the last record.
     Determinism: bit for bit, of floats on the backend that the header names, of integers on any.
     Raises: ValueError where the header does not fit the model, or records are missing.
@@ -182,11 +193,28 @@ def replay(path: str | Path, model: ZOModule, steps: int | None = None) -> int:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     expected = int(header["start"])
+    inputs = None if batches is None else iter(batches)
+    if inputs is None and "node" in header.get("directions", {}).get("kinds", {}).values():
+        raise ValueError(
+            f"{path}: weights were learnt by noise of nodes, whose update depends on what the "
+            "layers read: give batches, the inputs of each step"
+        )
     for record in records[:steps]:
         if record["step"] != expected:
             raise ValueError(f"{path}: step {expected} is missing, found {record['step']}")
         model.go_to(int(header["seed"]), expected)
+        if inputs is not None:
+            _forward_again(model, next(inputs, None), expected)
         make_again(record)
         expected += 1
     model.go_to(int(header["seed"]), expected)
     return expected
+
+
+def _forward_again(model: ZOModule, inputs: Any, step: int) -> None:
+    """The forwards of a step, for what layers keep of them."""
+    if inputs is None:
+        raise ValueError(f"batches end before step {step}")
+    model.train()
+    for one in inputs if isinstance(inputs, list) else [inputs]:
+        model(*(one if isinstance(one, tuple) else (one,)))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,16 +14,19 @@ from elasticzo.cut import Tail, resolve_cut
 from elasticzo.estimator import Estimator, spsa
 from elasticzo.forward.check import check_stacked
 from elasticzo.forward.engine import Engine
+from elasticzo.forward.learn import estimates
 from elasticzo.forward.plan import head_of
 from elasticzo.forward.trees import check_leaves, strip
+from elasticzo.head import Kind
 from elasticzo.losses import all_finite, check_losses, select_source
 from elasticzo.memory.budget import Candidate, fit_tail
 from elasticzo.module import ZOModule, load_inside, loaded
 from elasticzo.optim.replay import replayer
 from elasticzo.optim.tail import tail_optimizer
 from elasticzo.points import CLEAN
+from elasticzo.samples import Samples
 from elasticzo.session import Session, flush_others
-from elasticzo.settings import check_budget, check_settings, refuse_wrapped
+from elasticzo.settings import check_budget, check_noise, check_settings, refuse_wrapped
 
 
 class ElasticZO(ZOModule):
@@ -36,7 +41,8 @@ class ElasticZO(ZOModule):
         tail: what backpropagation trains: module names (children included), the number of last
             Linear / Conv / Embedding layers, 0 (Full ZO), "all" (Full BP, one pass) or "auto".
         eps: perturbation scale.
-        noise: "normal" or "rademacher".
+        noise: "normal" or "rademacher"; None is normal for directions of kind "weight", and signs
+            for the others. "rank1" is directions="rank1" with signs.
         queries: directions a step, Q.
         seed: of the run, in [0, 2^63). Models of one seed draw the same `z`: give each its own.
         pairing: "stacked" (the halves as one batch) or "sequential" (one after the other:
@@ -54,6 +60,14 @@ class ElasticZO(ZOModule):
             `zo_kernels.paths`), or {name pattern: path}.
         estimator: another one than the paper's (`elasticzo.estimator`: `one_sided`, `low_rank`), in
             place of noise and queries.
+        directions: by whose noise weights are learnt, of all of the head or {name pattern: kind}:
+            "weight" (the paper's: one direction of N K elements a batch), "rank1" (one `r u^T` a
+            batch), "sample" (one `r u^T` a sample), "node" (noise on the layer's outputs, one a
+            sample; the layer's input is kept for the step), "auto" (of the last two the one that
+            looks into fewer dimensions, settled by the first forward). Those of samples need
+            the loss of each: `pair_losses(..., reduction="none")`. What a layer cannot serve has
+            another kind: `model.directions` says which, and why.
+        group: neighbouring samples that share a direction of kind "sample".
         state_tensors: of tail="auto": tensors that the tail's optimiser keeps for a parameter (Adam
             2, momentum 1, plain SGD 0).
     Shapes: inputs may be nested; tensors have the batch as dimension 0 or are declared `unbatched`.
@@ -66,7 +80,7 @@ class ElasticZO(ZOModule):
         model: nn.Module,
         tail: Tail,
         eps: float = 1e-3,
-        noise: str = "normal",
+        noise: str | None = None,
         queries: int = 1,
         seed: int = 0,
         pairing: str = "stacked",
@@ -78,24 +92,38 @@ class ElasticZO(ZOModule):
         path: str | Mapping[str, str] = "auto",
         state_tensors: int = 2,
         estimator: Estimator | None = None,
+        directions: str | Mapping[str, str] = "weight",
+        group: int = 1,
     ) -> None:
         super().__init__()
-        check_settings(model, eps, noise, queries, seed, pairing, backend)
+        check_settings(model, eps, queries, seed, pairing, backend)
+        if noise not in (None, "rank1"):
+            check_noise(noise)
         check_budget(tail, memory_budget, example_input, state_tensors)
         if not isinstance(estimator, Estimator | None):
             raise TypeError(
                 "estimator must be one of elasticzo.estimator, as one_sided(queries=4), got "
                 f"{estimator!r}"
             )
-        if estimator is not None and (noise, queries) != ("normal", 1):
+        if estimator is not None and (noise, queries) != (None, 1):
             raise ValueError(
                 f"estimator has its own noise and queries: got noise={noise!r} and "
                 f"queries={queries!r} beside it"
             )
+        if noise == "rank1":
+            if directions != "weight":
+                raise ValueError(
+                    'noise="rank1" is directions="rank1" with signs; got directions='
+                    f"{directions!r} beside it"
+                )
+            noise, directions = "rademacher", "rank1"
         flush_others(model)
         self.module = model
         self.register_load_state_dict_post_hook(loaded)  # type: ignore[no-untyped-call]
-        self.estimator = spsa(queries, noise) if estimator is None else estimator
+        if estimator is None:
+            estimator = spsa(queries, noise or "normal")
+        samples = Samples(noise or "rademacher", group)
+        self.estimator = replace(estimator, samples=samples)
         self.wanted_backend = backend
         for p in model.parameters():
             if getattr(p, "elasticzo_head", False):  # frozen by a wrapper before, not by the user
@@ -104,6 +132,7 @@ class ElasticZO(ZOModule):
         how: dict[str, Any] = {"pairing": pairing, "backend": backend}
         if isinstance(tail, str) and tail == "auto":
             given = {**how, "eps": eps, "compute_dtype": compute_dtype, "estimator": self.estimator}
+            given |= {"directions": directions, "group": group}
             assert memory_budget is not None
             wanted = (memory_budget, example_input, state_tensors)
             self.fitted, scale, path = fit_tail(ElasticZO, model, *wanted, scale, path, given)
@@ -112,8 +141,9 @@ class ElasticZO(ZOModule):
         self.head = head_of(model, self.cut, scale)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.session = Session(seed, eps, device)
-        of = (model, self.cut, self.head, self.session, self.estimator.direction)
-        self.engine = Engine(*of, path=path, wanted=compute_dtype, **how)
+        of = (model, self.cut, self.head, self.session, self.estimator.direction, samples)
+        how |= {"path": path, "directions": directions, "wanted": compute_dtype}
+        self.engine = Engine(*of, **how)
         for _, p in self.head.named():
             p.requires_grad_(False)
             p.elasticzo_head = True
@@ -129,6 +159,12 @@ class ElasticZO(ZOModule):
     def noise(self) -> str:
         """Of the directions: "normal" or "rademacher"."""
         return self.estimator.noise
+
+    @property
+    def directions(self) -> dict[str, Kind]:
+        """By whose noise each weight of the head is learnt, and why; "auto" is settled by the first
+        forward."""
+        return dict(self.head.kinds)
 
     @property
     def pairing(self) -> str:
@@ -160,8 +196,15 @@ class ElasticZO(ZOModule):
         return (
             f"head={head} parameters (ZO), tail={tail} (BP: {self.cut.named}), eps={self.eps:g}, "
             f"noise={self.noise}, queries={self.queries}, pairing={self.effective_pairing}, "
-            f"backend={self.backend}"
+            f"backend={self.backend}{self._kinds()}"
         )
+
+    def _kinds(self) -> str:
+        """How many weights have which kind, where it is not the paper's alone."""
+        count = Counter(kind.name for kind in self.head.kinds.values())
+        if set(count) <= {"weight"}:
+            return ""
+        return ", directions: " + ", ".join(f"{n} {name}" for name, n in count.items())
 
     # ---- the forward
 
@@ -180,6 +223,18 @@ class ElasticZO(ZOModule):
             raise RuntimeError("clean_forward is for train(); in eval() call the model itself")
         return self.engine.clean(args, kwargs)
 
+    def settle(self, *args: Any, **kwargs: Any) -> dict[str, Kind]:
+        """Let the first forward look at the model, on these inputs; nothing moves by it.
+
+        Returns: `directions`, of which none is "auto" any more.
+        """
+        if not self.training:
+            raise RuntimeError("settle looks at a training forward: call model.train() first")
+        self.flush()
+        if not self.cut.everything:
+            self.engine.settle_on(self.estimator.points, args, kwargs)
+        return self.directions
+
     def check(self, *args: Any, **kwargs: Any) -> None:
         """Compare stacked with sequential pairing on these inputs, module by module.
 
@@ -195,10 +250,14 @@ class ElasticZO(ZOModule):
     # ---- losses and the tail
 
     def backward(self, losses: Tensor, source: str | Tensor = "mean") -> None:
-        """Backpropagate the "mean" of the losses `[2Q]` ("plus" / "minus": of those halves), or the
-        scalar loss of a `clean_forward`, into the tail; note on the device what is not finite."""
-        check_losses(losses, self.halves)
+        """Backpropagate the "mean" of the losses `[2Q]`, or `[2Q, B]` by sample ("plus" / "minus":
+        of those halves), or the scalar loss of a `clean_forward`, into the tail; note on the device
+        what is not finite."""
+        samples = losses.shape[-1] if losses.dim() == 2 else self.session.samples
+        check_losses(losses, self.halves, samples if self.reduction else None)
         self.session.note_losses(all_finite(losses, source))
+        if losses.dim() == 2:
+            losses = losses.mean(1)
         loss = select_source(losses, source, self.estimator.sources)
         if loss.requires_grad:  # through the tail, and layers outside of the model
             loss.backward()  # type: ignore[no-untyped-call]
@@ -248,6 +307,9 @@ class ElasticZO(ZOModule):
     def moved(self, device: torch.device) -> None:
         super().moved(device)
         self.engine.unsettle()
+
+    def estimates(self, a: Tensor) -> Iterator[tuple[str, Tensor]]:
+        return estimates(self.session, self.head, self.estimator.samples, a, self.backend)
 
     def replayer(self, header: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], None]:
         return replayer(self, header)

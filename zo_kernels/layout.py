@@ -17,8 +17,19 @@ from torch import Tensor
 Shape = Sequence[int]
 # Elements of one row that share a Philox call, by kind of noise.
 PER_CALL = {"normal": 4, "bits": 4, "rademacher": 128, "sparse_int8": 8}
-# Separate streams. The factors of a direction of low rank are left and right.
-PURPOSES = {"noise": 0, "rounding": 1, "dropout": 2, "data": 3, "left": 4, "right": 5}
+# Separate streams. The factors of a direction of low rank are left and right, and those of a
+# sample's direction; nodes are a layer's outputs.
+PURPOSES = {
+    "noise": 0,
+    "rounding": 1,
+    "dropout": 2,
+    "data": 3,
+    "left": 4,
+    "right": 5,
+    "sample_left": 6,
+    "sample_right": 7,
+    "node": 8,
+}
 SAMPLE_DTYPES = {
     "normal": torch.float32,
     "rademacher": torch.float32,
@@ -41,9 +52,9 @@ def groups_per_row(cols: int, kind: str) -> int:
     return -(-cols // PER_CALL[kind])
 
 
-def check_groups(shape: Sequence[int], kind: str) -> None:
+def check_groups(shape: Sequence[int], kind: str, first_row: int = 0) -> None:
     rows, cols = rows_cols(shape)
-    groups = rows * groups_per_row(cols, kind)
+    groups = (first_row + rows) * groups_per_row(cols, kind)
     if groups > 1 << 32:
         raise ValueError(
             f"a tensor may have at most 2^32 groups of noise, got {groups} for shape {list(shape)}"

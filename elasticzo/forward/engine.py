@@ -27,23 +27,25 @@ from elasticzo.buffers import (
 )
 from elasticzo.cut import Cut
 from elasticzo.directions import Direction
-from elasticzo.forward.halves import NotByHalf, UsesGenerator, each_half, run_stacked
+from elasticzo.forward.halves import NotByHalf, NotBySample, UsesGenerator, each_half, run_stacked
 from elasticzo.forward.layers.sequence import run_sequence
 from elasticzo.forward.passes import Layer, Pass
-from elasticzo.forward.plan import build_plan, owner_of, promote
+from elasticzo.forward.plan import build_plan, learn_by, owner_of, promote
 from elasticzo.forward.precision import compute_dtype, parse_compute_dtype
 from elasticzo.forward.staging import Staging
 from elasticzo.forward.trees import (
     InputsStay,
     join,
+    samples_of,
     stack_inputs,
     stack_leaves,
     strip,
     unstack_outputs,
 )
 from elasticzo.forward.watch import Watch
-from elasticzo.head import Head
+from elasticzo.head import Head, Kind
 from elasticzo.points import CLEAN, Points
+from elasticzo.samples import Samples
 from elasticzo.session import Session
 from elasticzo.settings import refuse_sharded
 from zo_kernels import resolve_backend
@@ -73,15 +75,18 @@ class Engine:
         head: Head,
         session: Session,
         direction: Direction,
+        samples: Samples,
         backend: str,
         pairing: str,
         path: str | Mapping[str, str],
+        directions: str | Mapping[str, str],
         wanted: torch.dtype | str | None,
     ) -> None:
         self.module, self.cut, self.head, self.session = module, cut, head, session
         self.direction, self._backend, self.pairing = direction, backend, pairing
+        self.samples = samples
         self.compute_dtype, self.precision = parse_compute_dtype(wanted)
-        self.plan = build_plan(module, head, path)
+        self.plan = build_plan(module, head, path, directions)
         if pairing == "stacked" and self.plan.sequence_first and not cut.everything:
             raise ValueError(
                 "pairing='stacked' needs the batch as dimension 0, but these modules have "
@@ -137,6 +142,18 @@ class Engine:
             return self._run(points, args, kwargs)
         return self._first_run(points, args, kwargs)
 
+    def settle_on(self, points: Points, args: Any, kwargs: Any) -> None:
+        """What the first forward settles, of these inputs; all that it moves is put back."""
+        session, device = self.session, self.session.device
+        snapshot, generator = BufferSnapshot(all_buffers(self.module)), generator_state(device)
+        try:
+            with session.untouched():
+                session.forget()
+                self._first_run(points, args, kwargs)
+        finally:
+            snapshot.restore()
+            set_generator_state(device, generator)
+
     def clean(self, args: Any, kwargs: Any) -> Any:
         """The outputs at `w` alone, `[1, B, ...]`; buffers stay: statistics move with the points,
         once a micro-batch."""
@@ -152,13 +169,20 @@ class Engine:
         if session.before is None:
             session.before = BufferSnapshot(self.moving)
         try:
-            output = self._evaluate(self.new_pass(points), args, kwargs)
+            current = self.new_pass(points)
+            output = self._evaluate(current, args, kwargs)
             session.flush()  # what this forward did not read
+        except NotBySample as problem:
+            session.before.restore()
+            raise ValueError(
+                f"{problem.layer.name!r} cannot tell samples apart: {problem.why}; it could in the "
+                "first forward"
+            ) from None
         except UsesGenerator:
             self.mixes_generator = True
             session.before.restore()
             raise RuntimeError(f"{DRAWS}; it did not before: repeat this step") from None
-        session.note_forward()
+        session.note_forward(current.batch, list(current.kept.values()))
         return output
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -173,13 +197,16 @@ class Engine:
             watch = Watch(self.head)
             try:
                 with watch.over(self.module, self.cut.tail_parameters):
-                    output = self._evaluate(self.new_pass(points, watch), args, kwargs)
+                    current = self.new_pass(points, watch)
+                    output = self._evaluate(current, args, kwargs)
                 if self._settles(watch, points):
                     self.settle(snapshot.moved())
                     if session.before is None:
                         session.before = snapshot.only(self.moving)
-                    session.note_forward()
+                    session.note_forward(current.batch, list(current.kept.values()))
                     return output
+            except NotBySample as problem:
+                learn_by(self.head, problem.layer, Kind("weight", problem.why))
             except NotByHalf as problem:
                 self._promote(problem.layer.name, [h.name for *_, h in problem.layer.swaps])
             except UsesGenerator:
@@ -199,18 +226,22 @@ class Engine:
         session.seen = [(id(p), address(p)) for _, p in weights]
         for head, p in weights:
             refuse_sharded(head.name, p)
-        backend = resolve_backend(self._backend, session.device)
+        backend, kinds = resolve_backend(self._backend, session.device), self.head.kinds
         return Pass(
-            Staging(session, weights, self.direction, points, backend),
+            Staging(session, weights, kinds, self.direction, self.samples, points, backend),
             session.forwards,
             self.moving,
             wanted=self.compute_dtype,
             precision=self.precision,
             watch=watch,
+            samples=self.samples,
+            kinds=kinds,
+            first=session.samples,
         )
 
     def _evaluate(self, current: Pass, args: Any, kwargs: Any) -> Any:
         n, self.current = current.halves, current
+        current.batch = samples_of((args, kwargs))
         with self._taken_over(current):
             if self.effective_pairing == "stacked" and n > 1:
                 stacked, current.unbatched, current.batched = stack_inputs((args, kwargs), n)

@@ -20,6 +20,14 @@ class NotByHalf(Exception):
         self.layer = layer
 
 
+class NotBySample(Exception):
+    """A layer that cannot tell the samples of its input apart: its weights have one direction."""
+
+    def __init__(self, layer: Layer, why: str) -> None:
+        super().__init__(layer.name)
+        self.layer, self.why = layer, why
+
+
 class UsesGenerator(Exception):
     """The model drew from torch's generator while its halves ran stacked."""
 

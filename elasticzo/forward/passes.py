@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from elasticzo.buffers import BufferSlot
 from elasticzo.forward.staging import Staging
 from elasticzo.forward.watch import Watch
-from elasticzo.head import HeadParameter
+from elasticzo.head import WEIGHT, HeadParameter, Kind
+from elasticzo.samples import Samples
 
 
 @dataclass
@@ -28,6 +29,7 @@ class Layer:
         stream: of dropout, the stream of its masks.
         path: of products, "auto", "fused" or "staged", as the user wants.
         fusable: whether it has a fused kernel.
+        kind: by whose noise its weights are learnt.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Layer:
     stream: int = 0
     path: str = "auto"
     fusable: bool = False
+    kind: Kind = WEIGHT
 
 
 @dataclass
@@ -50,6 +53,22 @@ class Follow:
     pool: bool
     modules: int  # how many they are
     done: bool = False
+
+
+@dataclass
+class Kept:
+    """What a layer keeps of a forward for the step: the mean of its inputs over the points.
+
+    Attributes:
+        call: which of its calls in this forward. first: the number of its first sample.
+        shape: of its outputs, of all samples `[B, ...]`.
+    """
+
+    layer: Layer
+    call: int
+    first: int
+    shape: torch.Size
+    x: Tensor
 
 
 @dataclass
@@ -75,6 +94,13 @@ class Pass:
     calls: dict[tuple[int, int | None], int] = field(default_factory=dict)
     generator_state: Tensor | None = None
     follow: Follow | None = None
+    # Of learning by sample: a sample's direction, whose noise a weight has, how many samples this
+    # forward has, the number of the first, and what layers keep for the step.
+    samples: Samples = field(default_factory=Samples)
+    kinds: dict[str, Kind] = field(default_factory=dict)
+    batch: int | None = None
+    first: int = 0
+    kept: dict[tuple[str, int], Kept] = field(default_factory=dict)
 
     @property
     def key(self) -> Tensor:
@@ -83,6 +109,11 @@ class Pass:
     @property
     def backend(self) -> str:
         return self.staging.backend
+
+    @property
+    def whole_batch(self) -> Samples:
+        """The directions of kind "rank1": one a batch."""
+        return Samples(self.samples.noise, None)
 
     @property
     def halves(self) -> int:
@@ -124,6 +155,21 @@ class Pass:
                 at = (self.key, self.staging.eps, self.staging.points, dtype, self.backend)
                 halves = self.staging.direction.weights(head, w, *at)
                 self.watch.check_perturbed(w, halves, head, self.staging.eps, self.precision)
+
+    def note_noise(self, layer: Layer, before: Tensor, after: Tensor) -> None:
+        """Noise was added to the outputs of a layer."""
+        for local, head in layer.head.items():
+            if (id(layer.module), local) not in self.swapped and self.watch is not None:
+                self.watch.consume(head)
+        if self.watch is not None and self.staging.perturbs:
+            moves = any(head.scale != 0.0 for head in layer.head.values())
+            if moves:
+                self.watch.check_moved(layer.name, before, after, self.staging.eps)
+
+    def settle(self, layer: Layer, kind: Kind) -> None:
+        """What "auto" came to."""
+        layer.kind = kind
+        self.kinds.update(dict.fromkeys((h.name for h in layer.head.values()), kind))
 
     @contextmanager
     def unwatched(self) -> Iterator[None]:

@@ -14,15 +14,26 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils import parametrize
 
 from elasticzo.cut import Cut
-from elasticzo.forward.layers import handler_of
+from elasticzo.forward.layers import Handler, handler_of
+from elasticzo.forward.layers.norms import NORMS
 from elasticzo.forward.layers.sequence import is_sequential, run_sequence
 from elasticzo.forward.layers.weights import why_not_fused
 from elasticzo.forward.layers.whole import CLOSED, run_whole
 from elasticzo.forward.passes import Layer
-from elasticzo.head import Head, HeadParameter, resolve_scale, slots_of
+from elasticzo.head import (
+    BY_SAMPLE,
+    Head,
+    HeadParameter,
+    Kind,
+    resolve_directions,
+    resolve_scale,
+    slots_of,
+)
 from zo_kernels.paths import PATHS
 from zo_kernels.registry import WEIGHT_DTYPES
 
+TIME_FIRST = "dimension 0 is time in this model (batch_first=False)"
+RUNS_WHOLE = "it runs as a whole, and cannot tell samples apart"
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
@@ -46,6 +57,8 @@ def head_of(model: nn.Module, cut: Cut, scale: Mapping[str, float] | None) -> He
     names = set(cut.head_parameters)
     scales = resolve_scale(cut.head_parameters, scale)
     padding = {id(m.weight): m.padding_idx for m in model.modules() if isinstance(m, nn.Embedding)}
+    norms = (m for m in model.modules() if isinstance(m, NORMS))
+    flats = {id(p) for m in norms for p in m.parameters(recurse=False)}
     found = []
     for index, (name, p) in enumerate(model.named_parameters()):
         if name not in names:
@@ -55,15 +68,22 @@ def head_of(model: nn.Module, cut: Cut, scale: Mapping[str, float] | None) -> He
                 f"head parameter {name!r} must be float32, float64 or bfloat16, got {p.dtype} "
                 "(for float16 activations use autocast over float32 parameters)"
             )
-        found.append(HeadParameter(name, index, scales[name], padding.get(id(p))))
+        still, flat = padding.get(id(p)), id(p) in flats
+        found.append(HeadParameter(name, index, scales[name], still, flat))
     return Head(found, slots_of(model))
 
 
-def build_plan(model: nn.Module, head: Head, path: str | Mapping[str, str] = "auto") -> Plan:
-    """Decide for every module how it takes part.
+def build_plan(
+    model: nn.Module,
+    head: Head,
+    path: str | Mapping[str, str] = "auto",
+    directions: str | Mapping[str, str] = "weight",
+) -> Plan:
+    """Decide for every module how it takes part, and for every weight by whose noise it learns.
 
-    Raises: ValueError for a path pattern that matches nothing, a fused path for a layer that has
-        none, an Embedding that renormalises in place.
+    Raises: what `resolve_directions` raises; ValueError for a path pattern that matches nothing, a
+        fused path for a layer that has none, kinds that differ within a layer, an Embedding that
+        renormalises in place.
     """
     by_id = {id(p): head.parameters[name] for name, p in head.named()}
     plan = Plan({}, [])
@@ -82,6 +102,7 @@ def build_plan(model: nn.Module, head: Head, path: str | Mapping[str, str] = "au
             streams += isinstance(module, _DropoutNd)
             plan.layers[name] = layer
     _choose_paths(plan, path)
+    _choose_kinds(plan, head, directions)
     return plan
 
 
@@ -142,6 +163,36 @@ def _choose_paths(plan: Plan, path: str | Mapping[str, str]) -> None:
             layer.path = wanted
 
 
+def _choose_kinds(plan: Plan, head: Head, directions: str | Mapping[str, str]) -> None:
+    """Give every weight the kind that is asked for, as far as its layer can serve it."""
+    wanted = resolve_directions(list(head.parameters), directions)
+    served = {h.name for layer in plan.layers.values() for h in layer.head.values()}
+    if plan.sequence_first:
+        served = set()
+    for name, kind in wanted.items():
+        no = kind in BY_SAMPLE and name not in served
+        why = TIME_FIRST if plan.sequence_first else RUNS_WHOLE
+        head.kinds[name] = Kind("weight", why) if no else Kind(kind)
+    for layer in plan.layers.values():
+        if not layer.head or not served >= {h.name for h in layer.head.values()}:
+            continue
+        asked = {wanted[h.name] for h in layer.head.values()}
+        if len(asked) > 1:
+            raise ValueError(
+                f"the weights of a layer are learnt by noise of one kind; of {layer.name!r} "
+                f"{' and '.join(sorted(asked))} are asked for"
+            )
+        assert isinstance(layer.call, Handler)
+        layer.kind = layer.call.kind_of(asked.pop())
+        learn_by(head, layer, layer.kind)
+
+
+def learn_by(head: Head, layer: Layer, kind: Kind) -> None:
+    """From now on the weights of a layer are learnt by noise of this kind."""
+    layer.kind = kind
+    head.kinds |= dict.fromkeys((h.name for h in layer.head.values()), kind)
+
+
 def _own(module: nn.Module, by_id: Mapping[int, HeadParameter]) -> dict[str, HeadParameter]:
     return {
         local: by_id[id(p)]
@@ -173,6 +224,9 @@ def promote(plan: Plan, head: Head, model: nn.Module, name: str, parameters: Seq
         if not isinstance(modules[outer], CONTAINERS):
             break
     by_id = {id(p): head.parameters[n] for n, p in head.named() if n in parameters}
+    for n in parameters:
+        if head.kinds[n].name in BY_SAMPLE:
+            head.kinds[n] = Kind("weight", RUNS_WHOLE)
     layer = plan.layers.get(outer)
     if layer is None or not layer.by_half:
         layer = plan.layers[outer] = Layer(outer, modules[outer], run_whole, by_half=True)

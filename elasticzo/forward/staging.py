@@ -5,15 +5,16 @@ Weights are only ever read here, but for an update that waits: it is applied on 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from elasticzo.directions import Direction
-from elasticzo.head import HeadParameter
+from elasticzo.head import HeadParameter, Kind
 from elasticzo.points import Points
+from elasticzo.samples import RankOne, Samples
 from elasticzo.session import Session
 from zo_kernels import stage_
 
@@ -36,17 +37,22 @@ class Staging:
         self,
         session: Session,
         weights: Weights,
+        kinds: Mapping[str, Kind],
         direction: Direction,
+        samples: Samples,
         points: Points,
         backend: str,
     ) -> None:
         self.key, self.eps, self.pending = session.key, session.eps, session.pending
         self.direction, self.backend = direction, backend
+        self._ranked = {name for name, kind in kinds.items() if kind.name == "rank1"}
+        self._rank_one = RankOne(samples.noise)
         self.points = self.here = points
         self.kernels = direction.dense and points.span is not None
         # Halves of small weights by id and dtype, the first of them, the weight's version.
         self._ready: dict[tuple[int, torch.dtype | None], tuple[Tensor, int, int]] = {}
-        self._small = _together(weights) if self.kernels else []
+        dense = [(head, p) for head, p in weights if kinds[head.name].name == "weight"]
+        self._small = _together(dense) if self.kernels else []
         self._small_ids = {id(p) for _, p in self._small}
 
     @property
@@ -98,7 +104,8 @@ class Staging:
             return out
         self.update_now(w)
         at = (self.key, self.eps, self.here, dtype, self.backend)
-        return self.direction.weights(head, w, *at)
+        direction = self._rank_one if head.name in self._ranked else self.direction
+        return direction.weights(head, w, *at)
 
     def rows(
         self,

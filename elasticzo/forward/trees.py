@@ -94,6 +94,12 @@ def stack_inputs(tree: Any, n: int) -> tuple[Any, set[int], dict[int, tuple[Tens
     return pytree.tree_unflatten(stacked, spec), shared, batched
 
 
+def samples_of(tree: Any) -> int | None:
+    """The length of dimension 0 of the first input that is not declared `unbatched`."""
+    first = _first_tensor([x for x in pytree.tree_leaves(tree) if not isinstance(x, Unbatched)])
+    return None if first is None else first.shape[0]
+
+
 def split_half(tree: Any, n: int, half: int, shared: set[int], name: str, dim: int = 0) -> Any:
     """The part of one half: tensors as long as the stacked batch are cut, others are shared."""
     first = _first_tensor(tree)

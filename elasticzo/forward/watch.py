@@ -95,6 +95,15 @@ class Watch:
                 "wider dtype"
             )
 
+    def check_moved(self, layer: str, before: Tensor, after: Tensor, eps: Tensor) -> None:
+        """Refuse an eps that rounding of a layer's outputs swallows."""
+        stay = before.numel() - torch.count_nonzero(before != after)
+        if before.numel() and has_values(stay) and stay > 0.75 * before.numel():
+            raise ValueError(
+                f"eps={float(eps):g} vanishes in the {before.dtype} outputs of {layer!r}: more "
+                "than three quarters of them do not move; use a larger eps or a wider dtype"
+            )
+
     @contextmanager
     def over(self, model: nn.Module, tail: Sequence[str]) -> Iterator[None]:
         """Watch a forward of the model; `tail`: names of the tail's parameters."""

@@ -104,8 +104,8 @@ class Int8ZO(Step):
             ],
         }
 
-    def fields(self) -> dict[str, tuple[int | None, type]]:
-        return {"step": (None, int), "signs": (self.model.queries, int)}
+    def fields(self) -> dict[str, type]:
+        return {"step": int, "signs": int}
 
     def entry(self, step: Tensor, found: Any, losses: Tensor) -> dict[str, Any]:
         return {"step": step, "signs": self.signs, **self._noise(), "b_zo": self._b_zo}

@@ -157,7 +157,7 @@ def _step(
     if loss is None:
         loss, targets = _likely_loss(outputs)
         tracker.note(targets, "inputs")
-    losses = pair_losses(loss, outputs, *targets)
+    losses = pair_losses(loss, outputs, *targets, reduction=twin.reduction)
     twin.backward(losses)  # type: ignore[operator]
     for p in tail:
         p.grad = None

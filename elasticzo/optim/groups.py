@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from elasticzo.module import ZOModule
@@ -66,3 +67,27 @@ def complete_groups(
     if rest or not complete:
         complete.append({"params": rest})
     return complete
+
+
+def check_state(
+    of: str,
+    state: Any,
+    groups: Sequence[Mapping[str, Any]],
+    names: Sequence[str],
+    counted: Sequence[str],
+) -> None:
+    """Of every weight that has a state, all that the rule keeps: tensors like it by `names`, and
+    numbers that are `counted`."""
+    params = [p for group in groups for p in group["params"]]
+    if not isinstance(state, Mapping) or not all(at in range(len(params)) for at in state):
+        raise ValueError(f"state of a state of {of} must be of {len(params)} weights at most")
+    for at, kept in state.items():
+        entries = [*counted, *names]
+        check_saved(f"{of}, state[{at}],", kept, entries, {})
+        shapes = [torch.Size()] * len(counted) + [params[at].shape] * len(entries)
+        for name, shape in zip(entries, shapes, strict=False):
+            t = kept[name]
+            if not isinstance(t, Tensor) or t.shape != shape or not t.is_floating_point():
+                came = f"{t.dtype} {list(t.shape)}" if isinstance(t, Tensor) else repr(t)
+                wanted = f"a floating tensor of shape {list(shape)}"
+                raise ValueError(f"{name} of state[{at}] must be {wanted}, got {came}")

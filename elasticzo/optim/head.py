@@ -9,11 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elasticzo.directions import Move
+from elasticzo.directions import Move, apply_, rows_stay
 from elasticzo.head import Target
 from elasticzo.losses import check_losses
 from elasticzo.module import ZOModule
-from elasticzo.optim.groups import check_groups, check_member, check_rates, complete_groups
+from elasticzo.optim.groups import (
+    check_groups,
+    check_member,
+    check_rates,
+    check_state,
+    complete_groups,
+)
 from elasticzo.optim.step import Log, Step
 from elasticzo.session import REPLACED, Pending
 from elasticzo.settings import check_saved
@@ -56,6 +62,7 @@ class HeadOptimizer(Step, torch.optim.Optimizer):  # type: ignore[misc]  # of `s
         self._warned = False  # of losses that are too coarse
         self._cached: tuple[Any, list[Target]] | None = None
         self._parts: tuple[list[Target], list[int], list[int], list[Target]] | None = None
+        self._few: tuple[list[Target], list[int], list[Target]] | None = None
         self._settings: dict[str, tuple[Tensor, list[Any]]] = {}
         self._entries = tuple(defaults)  # of a group; torch adds to `defaults` when it loads
         super().__init__(complete_groups(model, groups, defaults), defaults)
@@ -114,11 +121,38 @@ class HeadOptimizer(Step, torch.optim.Optimizer):  # type: ignore[misc]  # of `s
         model, targets = self.model, self._targets()
         rates, decays = self.rates()
         settings = self.settings(targets, found)
-        move = Move(model.session.key, a, rates, decays, found, self.rule, settings)
+        mean = a if a.dim() == 1 else a.mean(1)
+        move = Move(model.session.key, mean, rates, decays, found, self.rule, settings)
+        places = self._dense(targets)
+        if len(places) < len(targets):
+            self._learn(targets, places, move, a)
+            if self._few is None or self._few[0] is not targets or self._few[1] != places:
+                self._few = (targets, places, [targets[i] for i in places])
+            targets, move = self._few[2], move.of(places)
         if self.defer:
             targets, move = self._wait(targets, move)
         if targets:
             model.estimator.direction.update_(targets, move, model.backend)
+
+    def _dense(self, targets: Sequence[Target]) -> list[int]:
+        """Places of those that are learnt by noise of their own elements."""
+        kinds = self.model.head.kinds
+        return [i for i, t in enumerate(targets) if kinds[t.head.name].name == "weight"]
+
+    def _learn(self, targets: list[Target], dense: list[int], move: Move, a: Tensor) -> None:
+        """Update the others, each as soon as its estimate is there; those that nothing was
+        learnt of meet their weight decay alone."""
+        left = {t.head.name: (i, t) for i, t in enumerate(targets) if i not in set(dense)}
+
+        def take(i: int, t: Target, u: Tensor) -> None:
+            with rows_stay([t]):
+                apply_(t, u, move.of([i]), self.model.backend)
+
+        for name, u in self.model.estimates(a):
+            if name in left:
+                take(*left.pop(name), u)
+        for i, t in left.values():
+            take(i, t, torch.zeros_like(t.w, dtype=torch.promote_types(t.w.dtype, torch.float32)))
 
     def _wait(self, targets: list[Target], move: Move) -> tuple[list[Target], Move]:
         """Leave the update to the next forward; what cannot wait (embeddings with a row that
@@ -176,7 +210,7 @@ class HeadOptimizer(Step, torch.optim.Optimizer):  # type: ignore[misc]  # of `s
         losses = losses.detach()
         if not losses.is_floating_point():
             losses = losses.to(torch.float64)
-        check_losses(losses, model.halves)
+        check_losses(losses, model.halves, model.session.samples if model.reduction else None)
         if losses.dtype.itemsize < 4 and not (self._warned or model.cut.everything):
             self._warned = True
             warnings.warn(_COARSE.format(losses.dtype), stacklevel=5)  # torch wraps `step` twice
@@ -255,6 +289,7 @@ class HeadOptimizer(Step, torch.optim.Optimizer):  # type: ignore[misc]  # of `s
             "seed": model.seed,
             "start": model.step_index,
             **self._run(),
+            **self._directions(model.head.settled()),
             "head": head,
             "backend": model.backend,
             **self._fresh(),
@@ -267,18 +302,9 @@ class HeadOptimizer(Step, torch.optim.Optimizer):  # type: ignore[misc]  # of `s
         kept = [t for state in self.state.values() for t in state.values()]
         return {"fresh": not any(bool(t.any()) for t in kept)}
 
-    def fields(self) -> dict[str, tuple[int | None, type]]:
-        groups = len(self.param_groups)
-        found: dict[str, tuple[int | None, type]] = {
-            "step": (None, int),
-            "lr": (groups, float),
-            "weight_decay": (groups, float),
-            "losses": (self.model.halves, float),
-            "skipped": (None, int),
-        }
-        if RULES[self.rule].settings:
-            found["numbers"] = (self._numbers().numel(), float)
-        return found
+    def fields(self) -> dict[str, type]:
+        kinds = {"step": int, "lr": float, "weight_decay": float, "losses": float, "skipped": int}
+        return kinds | ({"numbers": float} if RULES[self.rule].settings else {})
 
     def entry(self, step: Tensor, found: Tensor, losses: Tensor) -> dict[str, Any]:
         lr, decay = self.rates()
@@ -307,8 +333,17 @@ class HeadOptimizer(Step, torch.optim.Optimizer):  # type: ignore[misc]  # of `s
         return found
 
     def _fixed(self) -> dict[str, Any]:
-        scales = {name: head.scale for name, head in self.model.head.parameters.items()}
-        return self._run() | {"scale": scales}
+        head = self.model.head
+        scales = {name: one.scale for name, one in head.parameters.items()}
+        return self._run() | {"scale": scales} | self._directions(head.asked())
+
+    def _directions(self, kinds: Mapping[str, str]) -> dict[str, Any]:
+        """By whose noise weights are learnt, where that is not their own elements'."""
+        others = {name: kind for name, kind in kinds.items() if kind != "weight"}
+        if not others:
+            return {}
+        samples = self.model.estimator.samples
+        return {"directions": {"kinds": others, "noise": samples.noise, "group": samples.group}}
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state, and under "zo" what the next step depends on: seed, step, settings."""
@@ -335,7 +370,8 @@ class HeadOptimizer(Step, torch.optim.Optimizer):  # type: ignore[misc]  # of `s
         model.session.check(saved)
         check_groups(of, state_dict["param_groups"], self._entries)
         self._check_numbers(state_dict["param_groups"])
-        self._check_state(of, state_dict["state"])
+        kept = (RULES[self.rule].state, self.counted)
+        check_state(of, state_dict["state"], self.param_groups, *kept)
         model.flush()
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "zo"})
         for state in self.state.values():  # torch may share the tensors of what was given
@@ -345,27 +381,17 @@ class HeadOptimizer(Step, torch.optim.Optimizer):  # type: ignore[misc]  # of `s
         model.session.load(saved)
         self._last_read_skips = saved["skipped"]
 
-    def _check_state(self, of: str, state: Any) -> None:
-        """Of every weight that has a state, all that the rule keeps."""
-        params = [p for group in self.param_groups for p in group["params"]]
-        if not isinstance(state, Mapping) or not all(at in range(len(params)) for at in state):
-            raise ValueError(f"state of a state of {of} must be of {len(params)} weights at most")
-        for at, kept in state.items():
-            entries = [*self.counted, *RULES[self.rule].state]
-            check_saved(f"{of}, state[{at}],", kept, entries, {})
-            shapes = [torch.Size()] * len(self.counted) + [params[at].shape] * len(entries)
-            for name, shape in zip(entries, shapes, strict=False):
-                t = kept[name]
-                if not isinstance(t, Tensor) or t.shape != shape or not t.is_floating_point():
-                    came = f"{t.dtype} {list(t.shape)}" if isinstance(t, Tensor) else repr(t)
-                    wanted = f"a floating tensor of shape {list(shape)}"
-                    raise ValueError(f"{name} of state[{at}] must be {wanted}, got {came}")
-
     counted: tuple[str, ...] = ()  # what `state_of` keeps besides
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy writes no log, and finds its own parameters; a scheduler's patch of `step` stays.
-        left: dict[str, Any] = {"log": None, "_cached": None, "_parts": None, "_known": set()}
+        left: dict[str, Any] = {
+            "log": None,
+            "_cached": None,
+            "_parts": None,
+            "_few": None,
+            "_known": set(),
+        }
         return {k: v for k, v in self.__dict__.items() if k != "step"} | left
 
     def __setstate__(self, state: dict[str, Any]) -> None:

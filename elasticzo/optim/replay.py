@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -70,8 +71,12 @@ def _optimizer(model: ZOModule, header: Mapping[str, Any]) -> HeadOptimizer:
     zo = OPTIMIZERS[rule](
         model, lr=0.0, groups=[{"params": g} for g in groups], clip=header["clip"], **how
     )
+    asked = header.get("directions", {}).get("kinds", {})
+    for name, kind in model.head.kinds.items():  # no forward has settled these
+        if kind.name == "auto" and name in asked:
+            model.head.kinds[name] = replace(kind, name=asked[name], automatic=True)
     ours = zo.header()
-    kept = ("eps", "noise", "queries", "estimator")
+    kept = ("eps", "noise", "queries", "estimator", "directions")
     different = [k for k in kept if header.get(k) != ours.get(k)]
     mine = {h["name"]: (h["index"], h["scale"], h["still_row"]) for h in ours["head"]}
     for h in logged:

@@ -56,7 +56,7 @@ class Step(ABC):
             g = model.estimator.project(losses, session.eps)  # (L+ - L-) / (2 eps)
             a = model.estimator.coefficients(g, self.clip)  # clip(g) / Q
             self._update(a, found)  # w <- rule(w, sum_q a_q s z_q)
-            self.projected_gradient = g
+            self.projected_gradient = g if g.dim() == 1 else g.mean(1)
         if self.log is not None:
             self.log.record(self.entry(session.key[1], found, losses))
         model.end_step(found)  # the next z
@@ -87,9 +87,8 @@ class Step(ABC):
         """All that a replay depends on."""
 
     @abstractmethod
-    def fields(self) -> dict[str, tuple[int | None, type]]:
-        """Entries of a step that live on the device: how many numbers (None: one alone), and of
-        what kind."""
+    def fields(self) -> dict[str, type]:
+        """Entries of a step that live on the device, and what kind of number they are."""
 
     @abstractmethod
     def entry(self, step: Tensor, found: Any, losses: Tensor) -> dict[str, Any]:

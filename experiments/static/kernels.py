@@ -187,7 +187,7 @@ def stage(
 def sample(noise: str, int64: bool = False) -> Config:
     module = _module("triton.noise")
     out = {"sparse_int8": "i8", "bits": "i64"}.get(noise, "fp32")
-    integers = ["tensor", "third", "p0", "r_max", "elements"]
+    integers = ["tensor", "third", "p0", "r_max", "first_group", "elements"]
     elements = SIDE * SIDE
     return Config(
         f"sample-{noise}{'-int64' if int64 else ''}",

@@ -217,7 +217,7 @@ def test_int64_offsets_give_the_same_noise(kind: str, device: torch.device) -> N
         module._sample_kernel[(-(-z.numel() // 1024),)](
             z,
             key_of(5, 6, device),
-            *(2, 0, 100, 3, z.numel()),
+            *(2, 0, 100, 3, 0, z.numel()),
             NOISE=module.KIND[kind],
             PER=per,
             INT64=wide,

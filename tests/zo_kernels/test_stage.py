@@ -105,11 +105,9 @@ def test_many_weights_of_every_layout(
     check([make(dtype, device) for make in ALL.values()], backend, noise=noise)
 
 
-@pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_a_pending_update_comes_first(
-    dtype: torch.dtype, noise: str, backend: str, device: Any
-) -> None:
+def test_a_pending_update_comes_first(dtype: torch.dtype, backend: str, device: Any) -> None:
+    noise = "rademacher" if dtype == torch.bfloat16 else "normal"
     params = [make(dtype, device) for make in IN_PLACE.values()]
     before = [w.clone() for w in params]
     check(params, backend, noise=noise, **update_of(params))

@@ -22,33 +22,9 @@ def sample(
     purpose: str = "noise",
     p_zero: float = 0.0,
     r_max: int = 1,
-) -> Tensor:
-    words = counter_words(key, tensor, query, purpose)
-    return _sample(shape, noise, 0, words, round(65536 * p_zero), r_max).contiguous()
-
-
-def sample_rows(
-    shape: Sequence[int],
-    key: Tensor,
-    *,
-    tensor: int,
-    query: int = 0,
-    noise: str = "normal",
-    purpose: str = "noise",
     first_row: int = 0,
 ) -> Tensor:
-    """Noise of a slice of rows, `first_row` being the number of the first."""
-    return _sample(shape, noise, first_row, counter_words(key, tensor, query, purpose))
-
-
-def _sample(
-    shape: Sequence[int],
-    noise: str,
-    first_row: int,
-    words: tuple[int, ...],
-    p0: int = 0,
-    r_max: int = 1,
-) -> Tensor:
+    words, p0 = counter_words(key, tensor, query, purpose), round(65536 * p_zero)
     rows, cols = rows_cols(shape)
     per_row = groups_per_row(cols, noise)
     first, groups, lanes = first_row * per_row, rows * per_row, PER_CALL[noise]
@@ -60,4 +36,4 @@ def _sample(
         kind = BITS if noise == "bits" else SPARSE
         fill_int(z.numpy(), kind, first, groups, p0, r_max, *words)
     z = z.view(rows, per_row * lanes)[:, :cols]
-    return to_shape(z.to(SAMPLE_DTYPES[noise]), shape)
+    return to_shape(z.to(SAMPLE_DTYPES[noise]), shape).contiguous()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from zo_kernels.cpu.kernels import stage_all
-from zo_kernels.cpu.noise import sample_rows
+from zo_kernels.cpu.noise import sample
 from zo_kernels.cpu.sweeps import PARALLEL_FROM, counter_words, walk_of
 from zo_kernels.cpu.update import small_table, update_rows_
 from zo_kernels.cpu.weights import sweep_halves
@@ -45,7 +45,7 @@ def stage_(
         assert weight_decay is not None and skip is not None
         update = (before, coeff, lr, weight_decay, skip, tensors, groups, scales, noise, first_row)
         update_rows_(params, *update, rule, state, settings)
-    draw = partial(sample_rows, first_row=first_row)
+    draw = partial(sample, first_row=first_row)
     small: dict[int, list[int]] = {}  # by the memory of their halves
     for i, (out, w) in enumerate(zip(outs, params, strict=True)):
         span = (tensors[i], start, stop, scales[i], first_row)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from zo_kernels.cpu.kernels import update_all, update_sweep
-from zo_kernels.cpu.noise import sample_rows
+from zo_kernels.cpu.noise import sample
 from zo_kernels.cpu.rules import CODES, rule_all, rule_sweep
 from zo_kernels.cpu.sweeps import PARALLEL_FROM, counter_words, memory_of, over_threads, walk_of
 from zo_kernels.layout import layout_of
@@ -59,7 +59,7 @@ def update_rows_(
     """The update of weights, or of a slice of rows of each from `first_row` on."""
     if skip.item() != 0:
         return
-    draw = partial(sample_rows, first_row=first_row)
+    draw = partial(sample, first_row=first_row)
     f32 = np.float32
     coeff32 = coeff.to(torch.float32).numpy()
     rates, decays = (t.to(torch.float32).numpy() for t in (lr, weight_decay))

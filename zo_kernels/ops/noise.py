@@ -30,6 +30,7 @@ def sample(
     purpose: str = "noise",
     p_zero: float = 0.0,
     r_max: int = 1,
+    first_row: int = 0,
     backend: str = "auto",
 ) -> Tensor:
     """Noise for a tensor of `shape`: a pure function of (seed, step, query, tensor, row, column).
@@ -41,8 +42,11 @@ def sample(
         query: direction of this step, in [0, 2^24).
         noise: "normal" (fp32), "rademacher" (fp32 +-1), "sparse_int8" (int8 in [-r_max, r_max]) or
             "bits" (the words, int64 in [0, 2^32)).
-        purpose: "noise", "rounding", "dropout", "data", "left" or "right": separate streams.
+        purpose: "noise", "rounding", "dropout", "data", "left", "right", "sample_left",
+            "sample_right" or "node": separate streams.
         p_zero, r_max: of "sparse_int8": probability of a forced zero in [0, 1), largest value.
+        first_row: number of the first row, where the result is a slice of rows of the tensor (a
+            part of a batch, say).
         backend: "auto", "triton", "numba" or "reference".
     Returns: `[*shape]`, contiguous.
     Determinism: integers and signs are bit-equal on all backends; normals within 1.5e-6 of float64.
@@ -51,7 +55,9 @@ def sample(
     check_key(key)
     check_noise(noise, tuple(SAMPLE_DTYPES))
     check_indices(tensor, query)
-    check_groups(shape, noise)
+    if first_row < 0:
+        raise ValueError(f"first_row must be >= 0, got {first_row}")
+    check_groups(shape, noise, first_row)
     if purpose not in PURPOSES:
         raise ValueError(f"purpose must be one of {tuple(PURPOSES)}, got {purpose!r}")
     check_sparse(p_zero, r_max)

@@ -110,24 +110,6 @@ def noise_rows(
     return rearrange(z, "(rows group) ... -> rows (group ...)", rows=rows)[:, :cols]
 
 
-def sample_rows(
-    shape: Sequence[int],
-    key: Tensor,
-    *,
-    tensor: int,
-    query: int = 0,
-    noise: str = "normal",
-    purpose: str = "noise",
-    first_row: int = 0,
-) -> Tensor:
-    """Noise of a slice of rows, `first_row` being the number of the first."""
-    seed, step = key.tolist()
-    rows, cols = rows_cols(shape)
-    at = {"seed": seed, "step": step, "tensor": tensor, "query": query, "first_row": first_row}
-    z = noise_rows(noise, rows, cols, **at, purpose=purpose, device=key.device)
-    return to_shape(z.to(SAMPLE_DTYPES[noise]), shape)
-
-
 def sample(
     shape: Sequence[int],
     key: Tensor,
@@ -138,6 +120,7 @@ def sample(
     purpose: str = "noise",
     p_zero: float = 0.0,
     r_max: int = 1,
+    first_row: int = 0,
 ) -> Tensor:
     seed, step = key.tolist()
     rows, cols = rows_cols(shape)
@@ -152,6 +135,7 @@ def sample(
         purpose=purpose,
         p_zero=p_zero,
         r_max=r_max,
+        first_row=first_row,
         device=key.device,
     )
     return to_shape(z.to(SAMPLE_DTYPES[noise]), shape).contiguous()

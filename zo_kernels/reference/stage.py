@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from zo_kernels.reference.noise import sample_rows
+from zo_kernels.reference.noise import sample
 from zo_kernels.reference.update import Sample, update_one_
 from zo_kernels.reference.weights import compute_dtype, write_halves
 
@@ -56,7 +56,7 @@ def stage_(
     state: Sequence[Tensor] = (),
     settings: Tensor | None = None,
 ) -> None:
-    draw = partial(sample_rows, first_row=first_row)
+    draw = partial(sample, first_row=first_row)
     for i, (out, w) in enumerate(zip(outs, params, strict=True)):
         assert out.shape[0] == stop - start
         if before is not None:

@@ -26,7 +26,7 @@ from zo_kernels.triton.shim import jit, tl, triton
 BLOCK = 1024
 
 
-@jit(do_not_specialize=["tensor", "third", "p0", "r_max"])
+@jit(do_not_specialize=["tensor", "third", "p0", "r_max", "first_group"])
 def _sample_kernel(
     out_ptr,
     key_ptr,
@@ -34,6 +34,7 @@ def _sample_kernel(
     third,  # query + 2^24 * purpose
     p0,
     r_max,
+    first_group,
     elements,
     NOISE: tl.constexpr,
     PER: tl.constexpr,
@@ -44,7 +45,7 @@ def _sample_kernel(
     if INT64:
         pid = pid.to(tl.int64)
     o_e = pid * BLOCK + tl.arange(0, BLOCK)
-    o_group = pid * (BLOCK // PER) + tl.arange(0, BLOCK // PER)
+    o_group = first_group + pid * (BLOCK // PER) + tl.arange(0, BLOCK // PER)
     if NOISE == NORMAL:
         b_z = normal_noise(key_ptr, o_group, tensor, third)
     elif NOISE == RADEMACHER:
@@ -67,6 +68,7 @@ def sample(
     purpose: str = "noise",
     p_zero: float = 0.0,
     r_max: int = 1,
+    first_row: int = 0,
 ) -> Tensor:
     rows, cols = rows_cols(shape)
     per, per_row = PER_CALL[noise], groups_per_row(cols, noise)
@@ -79,10 +81,11 @@ def sample(
             query + (PURPOSES[purpose] << 24),
             round(65536 * p_zero),
             r_max,
+            first_row * per_row,
             padded.numel(),
             NOISE=KIND[noise],
             PER=per,
-            INT64=padded.numel() + BLOCK > 2**31 - 1,
+            INT64=padded.numel() + BLOCK > 2**31 - 1 or (first_row + rows) * per_row > 2**31 - 1,
             BLOCK=BLOCK,
             enable_fp_fusion=True,
         )

@@ -5,17 +5,25 @@ Where gradients flow (the tail), or no kernel runs, torch normalises half by hal
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
-from elasticzo.forward.layers.registry import serves
+from elasticzo.forward.layers import samples
+from elasticzo.forward.layers.registry import Serve, serves
 from elasticzo.forward.layers.staged import Staged, by_half, pick, stage_all
 from elasticzo.forward.passes import Layer, Pass
+from elasticzo.head import Kind
 from zo_kernels import paired_batch_norm, paired_layer_norm
 
+LAST = (nn.LayerNorm,)  # whose weights are of the last dimensions
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
+NODE_IS_SAMPLE = Kind("sample", "a normalisation's weights are as many as its nodes")
+KINDS = {"node": NODE_IS_SAMPLE, "auto": NODE_IS_SAMPLE}
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -26,8 +34,11 @@ def _has_kernel(current: Pass, x: Tensor, staged: Staged) -> bool:
     return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
 
 
-def _relu(current: Pass, m: nn.Module) -> bool:
+def _relu(current: Pass, layer: Layer) -> bool:
     """Whether a ReLU follows in an `nn.Sequential`, which the kernel then applies."""
+    if layer.kind.name == "sample":
+        return False  # weights come first
+    m = layer.module
     follow = current.follow
     if follow is None or follow.module is not m:
         return False
@@ -35,10 +46,36 @@ def _relu(current: Pass, m: nn.Module) -> bool:
     return True
 
 
-@serves(nn.LayerNorm)
+def _by_sample(run: Serve) -> Serve:
+    """Where its weights are learnt by sample, the layer normalises alone, and they come after."""
+
+    @wraps(run)
+    def wrapped(current: Pass, layer: Layer, x: Tensor) -> Tensor:
+        if layer.kind.name != "sample":
+            return run(current, layer, x)
+        with current.unwatched():
+            m: Any = layer.module
+            dim = x.dim() - len(m.normalized_shape) if type(m) in LAST else 1
+            before = run(current, layer, x)
+            y = samples.affine(current, layer, before, dim)
+        current.note_noise(layer, before, y)
+        return y
+
+    return wrapped
+
+
+def _stage(current: Pass, layer: Layer) -> Staged:
+    """The weights that the layer normalises with: none where they come after."""
+    if layer.kind.name == "sample":
+        return {"weight": None, "bias": None}
+    return stage_all(current, layer)
+
+
+@serves(nn.LayerNorm, kinds=KINDS)
+@_by_sample
 def layer_norm(current: Pass, layer: Layer, x: Tensor) -> Tensor:
     m: Any = layer.module
-    staged = stage_all(current, layer)
+    staged = _stage(current, layer)
     w, b, n = staged["weight"], staged["bias"], current.count
     dims = len(m.normalized_shape)
     fits = x.dim() > dims and tuple(x.shape[-dims:]) == tuple(m.normalized_shape)
@@ -49,7 +86,7 @@ def layer_norm(current: Pass, layer: Layer, x: Tensor) -> Tensor:
             *flat,
             halves=n,
             epsilon=m.eps,
-            relu=_relu(current, m),
+            relu=_relu(current, layer),
             backend=current.backend,
         )
         return y.reshape(x.shape)
@@ -57,10 +94,11 @@ def layer_norm(current: Pass, layer: Layer, x: Tensor) -> Tensor:
     return by_half(x, n, lambda part, h: F.layer_norm(part, shape, pick(w, h), pick(b, h), m.eps))
 
 
-@serves(nn.GroupNorm)
+@serves(nn.GroupNorm, kinds=KINDS)
+@_by_sample
 def group_norm(current: Pass, layer: Layer, x: Tensor) -> Tensor:
     m: Any = layer.module
-    staged = stage_all(current, layer)
+    staged = _stage(current, layer)
     w, b = staged["weight"], staged["bias"]
     return by_half(
         x,
@@ -69,11 +107,12 @@ def group_norm(current: Pass, layer: Layer, x: Tensor) -> Tensor:
     )
 
 
-@serves(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, always=True)
+@serves(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, always=True, kinds=KINDS)
+@_by_sample
 def batch_norm(current: Pass, layer: Layer, x: Tensor) -> Tensor:
     """Each half by its own batch statistics; the running ones move once, by the average."""
     m: Any = layer.module
-    staged = stage_all(current, layer)
+    staged = _stage(current, layer)
     m._check_input_dim(x)
     n = current.count
     own_statistics = m.training or m.running_mean is None
@@ -83,7 +122,7 @@ def batch_norm(current: Pass, layer: Layer, x: Tensor) -> Tensor:
     if moves:
         m.num_batches_tracked.add_(1)
     if _has_kernel(current, x, staged):
-        return _kernel_batch_norm(current, m, x, staged, own_statistics, moves)
+        return _kernel_batch_norm(current, layer, x, staged, own_statistics, moves)
     w, b = staged["weight"], staged["bias"]
     if not moves:
         mean, var = (None, None) if own_statistics else (m.running_mean, m.running_var)
@@ -109,8 +148,9 @@ def batch_norm(current: Pass, layer: Layer, x: Tensor) -> Tensor:
 
 
 def _kernel_batch_norm(
-    current: Pass, m: Any, x: Tensor, staged: Staged, own_statistics: bool, moves: bool
+    current: Pass, layer: Layer, x: Tensor, staged: Staged, own_statistics: bool, moves: bool
 ) -> Tensor:
+    m: Any = layer.module
     n = current.count
     y, means, variances = paired_batch_norm(
         x,
@@ -120,7 +160,7 @@ def _kernel_batch_norm(
         epsilon=m.eps,
         mean=None if own_statistics else m.running_mean,
         var=None if own_statistics else m.running_var,
-        relu=_relu(current, m),
+        relu=_relu(current, layer),
         backend=current.backend,
     )
     if moves:

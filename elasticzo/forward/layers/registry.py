@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from elasticzo.forward.passes import Layer, Pass
+from elasticzo.head import Kind
 
 Serve = Callable[[Pass, Layer, Any], Tensor]
 
@@ -21,11 +22,17 @@ class Handler:
         run: gives of a stacked input `[n B, ...]` the outputs of all points that run now.
         always: whether it does so where no weight of its own is perturbed, too.
         subclasses: whether what derives from the kind is served as well.
+        kinds: whose noise its weights are learnt by, where that is not what is asked for.
     """
 
     run: Serve
     always: bool
     subclasses: bool
+    kinds: Mapping[str, Kind]
+
+    def kind_of(self, asked: str) -> Kind:
+        """By whose noise its weights are learnt where this is asked for."""
+        return self.kinds.get(asked, Kind(asked))
 
     def __call__(
         self, current: Pass, layer: Layer, forward: Callable[..., Any], args: Any, kwargs: Any
@@ -45,12 +52,15 @@ _HANDLERS: dict[type[nn.Module], Handler] = {}
 
 
 def serves(
-    *kinds: type[nn.Module], always: bool = False, subclasses: bool = False
+    *modules: type[nn.Module],
+    always: bool = False,
+    subclasses: bool = False,
+    kinds: Mapping[str, Kind] | None = None,
 ) -> Callable[[Serve], Serve]:
     """Let a function `(current, layer, x)` serve these kinds of modules; see `Handler`."""
 
     def register(run: Serve) -> Serve:
-        _HANDLERS.update(dict.fromkeys(kinds, Handler(run, always, subclasses)))
+        _HANDLERS.update(dict.fromkeys(modules, Handler(run, always, subclasses, kinds or {})))
         return run
 
     return register

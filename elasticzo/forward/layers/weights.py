@@ -11,12 +11,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elasticzo.forward.layers import staged
+from elasticzo.forward.layers import samples, staged
 from elasticzo.forward.layers.registry import serves
 from elasticzo.forward.passes import Layer, Pass
 from elasticzo.forward.precision import compute_dtype, precision_of, vendor_precision
+from elasticzo.head import Kind
 from zo_kernels import paired_conv1d, paired_conv2d, paired_linear
 from zo_kernels.paths import Work, choose
 
@@ -38,6 +40,8 @@ def product(current: Pass, layer: Layer, x: Tensor) -> Tensor:
 def _product(current: Pass, layer: Layer, x: Tensor) -> Tensor:
     m: Any = layer.module
     dtype = compute_dtype(x.device, current.wanted)
+    if layer.kind.name != "weight":
+        return _with_noise(current, layer, x, dtype)
     if layer.fusable and path_of(current, layer, x, dtype) == "fused":
         with current.unwatched():
             return _fused(current, layer, x, dtype)
@@ -50,17 +54,64 @@ def _product(current: Pass, layer: Layer, x: Tensor) -> Tensor:
     half = current.original(x)
     if half is not None and staged.shares_input(m):
         run, x = staged.conv_of_shared, half  # the model's input as it came: read once for all
+    return _call(current, run, m, x, parameters, current.count, dtype)
+
+
+def _call(
+    current: Pass,
+    run: Callable[..., Tensor],
+    m: Any,
+    x: Tensor,
+    parameters: staged.Staged,
+    n: int,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """One of torch's own calls in the arithmetic that the user named."""
     with vendor_precision(x.device, current.precision):
         if dtype is None or current.wanted is None:
-            return run(m, x, parameters, current.count)
+            return run(m, x, parameters, n)
         cast = {k: t if t is None else t.to(dtype) for k, t in parameters.items()}
-        return run(m, x.to(dtype), cast, current.count).to(x.dtype)
+        return run(m, x.to(dtype), cast, n).to(x.dtype)
 
 
-@serves(nn.Embedding)
+def _with_noise(current: Pass, layer: Layer, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The product at `w`, all halves in one call, and what the noise adds to it."""
+    m: Any = layer.module
+    run = staged.linear if isinstance(m, nn.Linear) else staged.conv
+    with current.unwatched():
+        own = {local: None if p is None else p.unsqueeze(0) for local, p in m._parameters.items()}
+        own.setdefault("bias", None)
+        before = _call(current, run, m, x, own, 1, dtype)
+        if layer.kind.name == "auto":
+            _settle(current, layer, before)
+        y = samples.add_noise(current, layer, x, before)
+    current.note_noise(layer, before, y)
+    return y
+
+
+def _settle(current: Pass, layer: Layer, y: Tensor) -> None:
+    """The kind that looks into fewer dimensions: N P of nodes at P places, or N K of a sample."""
+    m: Any = layer.module
+    inputs = m.weight[0].numel()
+    places = y[0].numel() // m.weight.shape[0]
+    kind = "node" if places < inputs else "sample"
+    sign = "<" if places < inputs else ">="
+    current.settle(layer, Kind(kind, f"{places} places {sign} {inputs} inputs", True))
+
+
+BY_TOKEN = Kind("node", "a token's row is its output")
+
+
+@serves(nn.Embedding, kinds={"sample": BY_TOKEN, "auto": BY_TOKEN})
 def embedding(current: Pass, layer: Layer, x: Tensor) -> Tensor:
     """Rows of the tables of all halves."""
     m: Any = layer.module
+    if layer.kind.name == "node":
+        with current.unwatched():
+            before = F.embedding(x, m.weight)
+            y = samples.add_nodes(current, layer, x, before)
+        current.note_noise(layer, before, y)
+        return y
     return staged.embedding(m, x, staged.stage_all(current, layer), current.count)
 
 
