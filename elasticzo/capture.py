@@ -30,7 +30,8 @@ class CapturedStep:
     """A step that repeats itself: `losses = step(x, y)`; made by `capture_step`.
 
     Attributes:
-        losses: `[2Q]`, or `[2Q, B]` by sample, of the last step. On CUDA the next step overwrites them: clone to keep.
+        losses: `[2Q]`, or `[2Q, B]` by sample, of the last step. On CUDA the next step overwrites
+            them: clone to keep.
         captured: whether it is a CUDA graph; on other devices it runs eagerly.
         graph: that one.
     """

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from elasticzo.reductions import mean_divisor, reduced, sample_losses, share
 from zo_kernels import paired_cross_entropy, paired_cross_entropy_backward
 
 # The halves of a query: + at even places, - at odd ones.
@@ -17,52 +18,110 @@ SIDES = {"plus": slice(0, None, 2), "minus": slice(1, None, 2)}
 
 
 def pair_losses(
-    loss: Callable[..., Tensor], outputs: Any, *targets: Any, **settings: Any
+    loss: Callable[..., Tensor],
+    outputs: Any,
+    *targets: Any,
+    reduction: str | None = None,
+    **settings: Any,
 ) -> Tensor:
-    """The loss of every half: `[2Q]`, from outputs `[2Q, B, ...]` and the targets of one batch.
+    """The loss of every half: `[2Q]`, from outputs `[2Q, B, ...]` and the targets of one batch; or,
+    with `reduction="none"`, that of every sample in every half: `[2Q, B]`.
+
+    By sample the elements `e [B, ...]` of a half's loss are summed, `l_i = B / D sum_j e_ij`, where
+    D is what the loss divides their sum by: the mean over samples is the loss of the half. D is the
+    number of elements, for torch's losses of classes the weights of the targets that count
+    (`weight`, `ignore_index`), for its weighted squared and absolute errors the sum of the weights.
+    A loss of your own (masked, of tokens) counts elements, the masked ones too: with another
+    normaliser, divide yourself, so that its mean over all elements is the loss.
 
     Args:
         loss: gives a scalar for `(output [B, ...], *targets)`, as `F.cross_entropy` does; that one
-            (or `nn.CrossEntropyLoss`) runs as one kernel over all halves on CUDA, in fp32.
-        outputs: what a training forward of `ElasticZO` returned; a tree is passed half by half.
+            (or `nn.CrossEntropyLoss`) runs as one kernel over all halves on CUDA, in fp32. By
+            sample it gives `[B, ...]`: a module is told by its `reduction` (in a copy), a function
+            that takes `reduction` (or any keyword) by that; what takes none is called as it is.
+        outputs: what a training forward of `ElasticZO` returned; a tree is passed half by half. B
+            is of its first tensor of two dimensions or more.
         targets: shared by all halves.
+        reduction: None for the loss's own; "none" by sample; "mean" and others are the loss's.
         settings: passed on to `loss`.
-    Raises: ValueError where a loss is not a scalar.
+    Returns: `[2Q]` or `[2Q, B]`, in the dtype of the loss. Ignored elements add 0; where nothing
+        counts all is NaN, as in torch.
+    Raises: ValueError where a loss is not a scalar, or by sample not `[B, ...]`.
 
     >>> logits = torch.zeros(2, 5, 10)
     >>> losses = pair_losses(torch.nn.functional.cross_entropy, logits, torch.arange(5))
     >>> [round(x, 3) for x in losses.tolist()]
     [2.303, 2.303]
+    >>> pair_losses(F.mse_loss, logits, torch.ones(5, 10), reduction="none").shape
+    torch.Size([2, 5])
     """
     leaves = [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor)]
     if not leaves or any(x.dim() == 0 or x.shape[0] != leaves[0].shape[0] for x in leaves):
         raise ValueError(
             f"outputs must be tensors of shape [halves, ...], got {[list(x.shape) for x in leaves]}"
         )
-    fused = _cross_entropy(loss, outputs, targets, settings)
+    halves = [
+        pytree.tree_map(lambda x, h=half: x[h] if isinstance(x, Tensor) else x, outputs)
+        for half in range(leaves[0].shape[0])
+    ]
+    if reduction == "none":
+        samples = next((x.shape[1] for x in leaves if x.dim() > 1), 0)
+        return _by_sample(loss, outputs, halves, samples, targets, settings)
+    given = settings if reduction is None else settings | {"reduction": reduction}
+    fused = _cross_entropy(loss, outputs, targets, given)
     if fused is not None:
-        by_kernel: Tensor = PairCrossEntropy.apply(outputs, targets[0], *fused)  # type: ignore[no-untyped-call]
+        by_kernel: Tensor = PairCrossEntropy.apply(outputs, targets[0], *fused, "mean")  # type: ignore[no-untyped-call]
         return by_kernel
-    losses = []
-    for half in range(leaves[0].shape[0]):
-        part = pytree.tree_map(lambda x, h=half: x[h] if isinstance(x, Tensor) else x, outputs)
-        value = loss(part, *targets, **settings)
-        if not isinstance(value, Tensor):
-            value = torch.as_tensor(value, device=leaves[0].device)
-        if value.dim() != 0:
-            raise ValueError(f"loss must be a scalar for each half, got shape {list(value.shape)}")
-        losses.append(value)
-    return torch.stack(losses)
+    loss = loss if reduction is None else reduced(loss, reduction)
+    return torch.stack(
+        [_scalar(loss(half, *targets, **settings), leaves[0].device) for half in halves]
+    )
+
+
+def _scalar(value: Any, device: torch.device) -> Tensor:
+    """The loss of a half: `[]`."""
+    found = value if isinstance(value, Tensor) else torch.as_tensor(value, device=device)
+    if found.dim() != 0:
+        raise ValueError(
+            f"loss must be a scalar for each half, got shape {list(found.shape)}: "
+            'pair_losses(..., reduction="none") gives losses by sample'
+        )
+    return found
+
+
+def _by_sample(
+    loss: Callable[..., Tensor],
+    outputs: Any,
+    halves: list[Any],
+    samples: int,
+    targets: tuple[Any, ...],
+    settings: dict[str, Any],
+) -> Tensor:
+    """Losses `[2Q, B]`; D, which all halves share, is made once."""
+    divisor = mean_divisor(loss, samples, targets, settings)
+    fused = _cross_entropy(loss, outputs, targets, settings, also="none")
+    if fused is not None and divisor is not None:
+        rows: Tensor = PairCrossEntropy.apply(outputs, targets[0], *fused, "none")  # type: ignore[no-untyped-call]
+        return rows * share(samples, divisor, rows.dtype)
+    each = reduced(loss, "none")
+    return torch.stack(
+        [sample_losses(each, samples, divisor, half, *targets, **settings) for half in halves]
+    )
 
 
 class PairCrossEntropy(torch.autograd.Function):
-    """Cross-entropies `[H]` of logits `[H, B, C]`: one read of the logits, one more and a write for
-    the gradient."""
+    """Cross-entropies `[H]` (or `[H, B]`, of rows) of logits `[H, B, C]`: one read of the logits,
+    one more and a write for the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, smoothing: float, ignored: int) -> Tensor:
-        ctx.settings = {"label_smoothing": smoothing, "ignore_index": ignored, "backend": "triton"}
-        losses, lse = paired_cross_entropy(logits.detach(), target, **ctx.settings)
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, smoothing: float, ignored: int, reduction: str
+    ) -> Tensor:
+        ctx.settings = {"label_smoothing": smoothing, "ignore_index": ignored}
+        ctx.settings["reduction"] = reduction
+        losses, lse = paired_cross_entropy(
+            logits.detach(), target, **ctx.settings, backend="triton"
+        )
         ctx.save_for_backward(logits, target, lse)
         return losses
 
@@ -70,19 +129,24 @@ class PairCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         logits, target, lse = ctx.saved_tensors
         if torch.is_grad_enabled():  # a gradient of the gradient is wanted: by torch's formula
-            settings = {k: v for k, v in ctx.settings.items() if k != "backend"}
-            losses = [F.cross_entropy(part.float(), target, **settings) for part in logits]
+            losses = [F.cross_entropy(part.float(), target, **ctx.settings) for part in logits]
             again = torch.autograd.grad(torch.stack(losses), logits, grad, create_graph=True)
-            return again[0], None, None, None
+            return again[0], None, None, None, None
         given = (logits.detach(), target, lse, grad.float().contiguous())
-        return paired_cross_entropy_backward(*given, **ctx.settings), None, None, None
+        dx = paired_cross_entropy_backward(*given, **ctx.settings, backend="triton")
+        return dx, None, None, None, None
 
 
 def _cross_entropy(
-    loss: Any, outputs: Any, targets: tuple[Any, ...], settings: dict[str, Any]
+    loss: Any,
+    outputs: Any,
+    targets: tuple[Any, ...],
+    settings: dict[str, Any],
+    also: str = "mean",
 ) -> tuple[float, int] | None:
     """(label smoothing, ignored index) where the loss is a cross-entropy that the kernel computes:
-    class indices as targets, no class weights, the mean over rows."""
+    class indices as targets, no class weights, the mean over rows (or a reduction that is taken
+    for it)."""
     if type(loss) is nn.CrossEntropyLoss:
         if "forward" in loss.__dict__ or loss._forward_hooks or loss._forward_pre_hooks:
             return None
@@ -94,7 +158,8 @@ def _cross_entropy(
     else:
         return None
     smoothing, ignored = given.pop("label_smoothing", 0.0), given.pop("ignore_index", -100)
-    if given.pop("weight", None) is not None or given.pop("reduction", "mean") != "mean" or given:
+    reduction = given.pop("reduction", "mean")
+    if given.pop("weight", None) is not None or reduction not in ("mean", also) or given:
         return None
     if not isinstance(outputs, Tensor) or outputs.dim() != 3 or len(targets) != 1:
         return None
@@ -113,12 +178,15 @@ def _loss_backend(device: torch.device) -> str:
     return "triton" if device.type == "cuda" else "reference"
 
 
-def check_losses(losses: Any, halves: int) -> None:
-    """Raise unless `losses` is a floating tensor `[halves]`."""
+def check_losses(losses: Any, halves: int, samples: int | None = None) -> None:
+    """Raise unless `losses` is a floating tensor `[halves]`; of so many samples, `[halves, B]`."""
+    wanted = [halves] if samples is None else [halves, samples]
     if not isinstance(losses, Tensor):
-        raise TypeError(f"losses must be a Tensor of shape [{halves}], got {type(losses).__name__}")
-    if tuple(losses.shape) != (halves,):
-        raise ValueError(f"losses must have shape [{halves}], one a half, got {list(losses.shape)}")
+        raise TypeError(f"losses must be a Tensor of shape {wanted}, got {type(losses).__name__}")
+    if list(losses.shape) != wanted:
+        what = "one a half" if samples is None else "one a sample in each half"
+        hint = "" if samples is None else ': use pair_losses(..., reduction="none")'
+        raise ValueError(f"losses must have shape {wanted}, {what}, got {list(losses.shape)}{hint}")
     if not losses.is_floating_point():
         raise TypeError(f"losses must be floating, got {losses.dtype}")
 

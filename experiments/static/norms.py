@@ -109,17 +109,20 @@ def layer_norm(dtype: str, rows: int, cols: int) -> Config:
     )
 
 
-def cross_entropy(kind: str, dtype: str, rows: int, classes: int, smooth: bool = False) -> Config:
-    """`kind`: "forward" or "backward" of `[HALVES, rows, classes]`. Its sums are in fp64."""
+def cross_entropy(
+    kind: str, dtype: str, rows: int, classes: int, smooth: bool = False, each: bool = False
+) -> Config:
+    """`kind`: "forward" or "backward" of `[HALVES, rows, classes]`. Its sums are in fp64; `each`
+    row by itself has none."""
     height, width, warps = CROSS_ENTROPY.tile_for(rows, classes)
-    constants = {"ALIGN": alignment(classes), "ROWS": height, "COLS": width}
+    constants = {"ALIGN": alignment(classes), "ROWS": height, "COLS": width, "EACH": each}
     pointers = {"x_ptr": dtype, "target_ptr": "i64", "lse_ptr": "fp32"}
     sizes = "B C s_half s_row smoothing"
     of_x, programs = HALVES * rows * classes * BYTES[dtype], HALVES * -(-rows // height)
-    moved, turns = 8 * rows + 4 * HALVES * rows, 1
+    moved, turns = 8 * rows + 4 * HALVES * rows * (1 + each), 1
     if kind == "forward":
         kernel = CROSS_ENTROPY._cross_entropy_kernel
-        pointers |= {"part_ptr": "fp64"}
+        pointers |= {"part_ptr": "fp32" if each else "fp64"}
         constants |= {
             "SMOOTH": smooth,
             "LOOP": classes > width,
@@ -133,7 +136,7 @@ def cross_entropy(kind: str, dtype: str, rows: int, classes: int, smooth: bool =
         scalars = f"{sizes} uniform ignore_index"
         moved, programs = moved + 2 * of_x, programs * -(-classes // width)
     return _config(
-        f"paired_cross_entropy_{kind}-{dtype}-fp64-sum-{rows}x{classes}"
+        f"paired_cross_entropy_{kind}-{dtype}-{'each' if each else 'fp64-sum'}-{rows}x{classes}"
         f"{'-smooth' if smooth else ''}",
         *(kernel, pointers, scalars, constants, warps),
         {
@@ -195,6 +198,8 @@ def configs(target: str) -> Iterator[Config]:
     yield cross_entropy("forward", "fp32", 64, 32000)
     yield cross_entropy("backward", "bf16", 1024, 1000)
     yield cross_entropy("backward", "fp32", 4096, 10)
+    yield cross_entropy("forward", "bf16", 1024, 1000, each=True)
+    yield cross_entropy("backward", "bf16", 1024, 1000, each=True)
     yield small_cross_entropy("mean")
     yield small_cross_entropy("scale")
 

@@ -158,6 +158,20 @@ def test_a_step_waits_for_nothing(
 
 
 @ON_META
+def test_losses_by_sample_wait_for_nothing(launches: list[str]) -> None:
+    """The kernel's, and by torch's formula with weights; what their sums are divided by, too."""
+    x = torch.empty(2, 4, 10, device=META, requires_grad=True)
+    y, weight = torch.empty(4, device=META).long(), torch.empty(10, device=META)
+    given: tuple[dict[str, Any], ...] = ({}, {"weight": weight}, {"ignore_index": 3})
+    with HostTraffic():
+        for settings in given:
+            losses = pair_losses(F.cross_entropy, x, y, reduction="none", **settings)
+            assert losses.shape == (2, 4)
+            losses.sum().backward()
+    assert launches == 2 * ["_cross_entropy_kernel", "_cross_entropy_backward_kernel"]
+
+
+@ON_META
 def test_what_it_looks_for_is_found(launches: list[str]) -> None:
     t = torch.empty(3, device=META)
     with pytest.raises(AssertionError, match="moves data"), HostTraffic():

@@ -171,7 +171,7 @@ def test_pair_losses_wants_halves_and_scalars() -> None:
     with pytest.raises(ValueError, match=r"outputs must be tensors of shape \[halves"):
         pair_losses(F.cross_entropy, torch.tensor(1.0), Y)
     with pytest.raises(ValueError, match=r"loss must be a scalar for each half, got shape \[5\]"):
-        pair_losses(F.cross_entropy, torch.zeros(2, 5, 3), Y, reduction="none")
+        pair_losses(nn.CrossEntropyLoss(reduction="none"), torch.zeros(2, 5, 3), Y)
 
 
 def test_a_parameter_replaced_or_moved_between_forward_and_step() -> None:

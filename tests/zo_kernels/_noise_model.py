@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 PER_GROUP = {"normal": 4, "bits": 4, "rademacher": 128, "sparse_int8": 8}
-PURPOSE = {"noise": 0, "rounding": 1, "dropout": 2, "data": 3}
+PURPOSE = {"noise": 0, "rounding": 1, "dropout": 2, "data": 3, "sample_left": 6, "node": 8}
 LOW = np.uint64(0xFFFFFFFF)
 U32 = np.uint64(32)
 

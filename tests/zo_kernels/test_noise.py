@@ -125,7 +125,7 @@ def test_integers_equal_the_model(
     assert torch.equal(z.cpu().double(), model(shape, seed, step, **args).double())
 
 
-@pytest.mark.parametrize("purpose", ["noise", "rounding", "dropout", "data"])
+@pytest.mark.parametrize("purpose", ["noise", "rounding", "dropout", "data", "sample_left", "node"])
 def test_purposes_equal_the_model(purpose: str, backend: str, device: torch.device) -> None:
     args: Any = {"tensor": 3, "query": 2**24 - 1, "noise": "bits", "purpose": purpose}
     z = sample((3, 7), key_of(9, 4, device), **args, backend=backend)
@@ -163,6 +163,21 @@ def test_normals_are_near_the_model(
     exact = model(shape, seed, step, tensor=tensor, query=query)
     assert z.dtype == torch.float32
     assert (z.cpu().double() - exact).abs().max() <= NORMAL_ERROR
+
+
+@pytest.mark.parametrize("kind", ["normal", *INTEGERS])
+def test_a_slice_of_rows_is_that_of_the_whole(
+    kind: str, backend: str, device: torch.device
+) -> None:
+    key = key_of(5, 6, device)
+    whole = sample((9, 3, 50), key, tensor=2, noise=kind, backend=backend)
+    for first in (0, 1, 7):
+        part = sample((2, 3, 50), key, tensor=2, noise=kind, first_row=first, backend=backend)
+        assert torch.equal(part, whole[first : first + 2])
+    with pytest.raises(ValueError, match="first_row"):
+        sample((2, 3), key, tensor=0, first_row=-1, backend=backend)
+    with pytest.raises(ValueError, match="groups"):
+        sample((2, 3), key, tensor=0, noise=kind, first_row=2**32 - 1, backend=backend)
 
 
 @pytest.mark.parametrize("kind", ["normal", *INTEGERS])

@@ -58,19 +58,20 @@ def gradient(
 
 def check(logits: Tensor, target: Tensor, backend: str, extra: float = 0.0, **kwargs: Any) -> None:
     """Both directions. `extra` is what the gradient may add: to what each of its three terms, of at
-    most grad / count, adds as it is rounded."""
-    halves = len(logits)
+    most grad / count (by row: grad), adds as it is rounded."""
+    each = kwargs.get("reduction") == "none"
+    shape = logits.shape[:2] if each else logits.shape[:1]
     losses, lse = paired_cross_entropy(logits, target, backend=backend, **kwargs)
-    assert losses.dtype == lse.dtype == FP32 and losses.shape == (halves,)
+    assert losses.dtype == lse.dtype == FP32 and losses.shape == shape
     exact, low = (torchs(logits, target, d, **kwargs) for d in (torch.float64, FP32))
     assert_within_budget(losses, low, exact)
     exact, low = (logits.cpu().to(d).logsumexp(-1) for d in (torch.float64, FP32))
     assert_within_budget(lse, low, exact)
-    grad = torch.randn(halves, device=logits.device)
+    grad = torch.randn(shape, device=logits.device)
     dx = paired_cross_entropy_backward(logits, target, lse, grad, backend=backend, **kwargs)
     assert dx.dtype == logits.dtype and dx.is_contiguous()
     exact, low = (gradient(logits, target, grad, d, **kwargs) for d in (torch.float64, FP32))
-    counted = (target != kwargs.get("ignore_index", -100)).sum().item()
+    counted = 1 if each else (target != kwargs.get("ignore_index", -100)).sum().item()
     extra += 3 * 2.0**-24 * grad.abs().max().item() / counted
     assert_within_budget(dx, low.to(dx.dtype), exact, extra)
 
@@ -250,7 +251,7 @@ def test_a_loss_is_the_mean_of_its_rows(backend: str, device: Any) -> None:
 def test_opcheck(backend: str, device: Any) -> None:
     logits, target = inputs((3, 7), device=device)
     ops = torch.ops.zo_kernels
-    rest = (0.1, -100, backend)
+    rest = (0.1, -100, "mean", backend)
     torch.library.opcheck(ops.paired_cross_entropy.default, (logits, target, *rest))
     lse, grad = logits[..., 0].clone(), torch.ones(2, device=device)
     args = (logits.mT.contiguous().mT, target, lse, grad, *rest)
@@ -293,6 +294,11 @@ NEAR: dict[str, tuple[Any, type[Exception], str]] = {
         ValueError,
         "label_smoothing must be in [0, 1], got 1.5",
     ),
+    "reduction": (
+        {"reduction": "sum"},
+        ValueError,
+        "reduction must be one of ('mean', 'none'), got 'sum'",
+    ),
     "grad-mode": (
         {"logits": X.clone().requires_grad_()},
         RuntimeError,
@@ -300,6 +306,11 @@ NEAR: dict[str, tuple[Any, type[Exception], str]] = {
     ),
     "lse": ({"lse": L[:, :2]}, ValueError, "lse must have shape [2, 3], got [2, 2]"),
     "grad": ({"grad": L[0]}, ValueError, "grad must have shape [2], got [3]"),
+    "grad-by-row": (
+        {"grad": L[:, 0], "reduction": "none"},
+        ValueError,
+        "grad must have shape [2, 3], got [2]",
+    ),
     "grad-dtype": (
         {"grad": L[:, 0].double()},
         TypeError,
@@ -310,7 +321,7 @@ NEAR: dict[str, tuple[Any, type[Exception], str]] = {
 
 @pytest.mark.parametrize(("change", "error", "message"), NEAR.values(), ids=NEAR)
 def test_message(change: dict[str, Any], error: type[Exception], message: str) -> None:
-    backward = {"lse": L, "grad": L[:, 0]}
+    backward: dict[str, Any] = {"lse": L, "grad": L[:, 0]}
     args: dict[str, Any] = {"logits": X, "target": T, "backend": "reference"} | change
     if not {*change} & {*backward}:
         with pytest.raises(error, match=f"^{re.escape(message)}$"):

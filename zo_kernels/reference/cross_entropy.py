@@ -19,6 +19,7 @@ def paired_cross_entropy(
     *,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
+    reduction: str = "mean",
 ) -> tuple[Tensor, Tensor]:
     x = logits.float()
     top = x.amax(-1, keepdim=True)
@@ -32,8 +33,9 @@ def paired_cross_entropy(
         loss = (1 - label_smoothing) * loss + label_smoothing * minus_log_p.mean(-1)
     taken = target != ignore_index
     loss = loss.masked_fill(~valid, torch.nan).masked_fill(~taken, 0.0)
-    mean = loss.double().sum(-1) / taken.sum()
-    return mean.float(), (top + log).squeeze(-1)
+    if reduction == "mean":
+        loss = (loss.double().sum(-1) / taken.sum()).float()
+    return loss, (top + log).squeeze(-1)
 
 
 def paired_cross_entropy_backward(
@@ -44,13 +46,17 @@ def paired_cross_entropy_backward(
     *,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
+    reduction: str = "mean",
 ) -> Tensor:
     classes = logits.shape[-1]
     p = (logits.float() - rearrange(lse, "h b -> h b 1")).exp()
     valid, index = _valid(target, classes)
     wanted = torch.nn.functional.one_hot(index, classes) * (1 - label_smoothing)
     taken = target != ignore_index
-    scale = rearrange(grad / taken.sum(), "h -> h 1 1")
+    if reduction == "mean":
+        scale = rearrange(grad / taken.sum(), "h -> h 1 1")
+    else:
+        scale = rearrange(grad, "h b -> h b 1")
     out = scale * (p - wanted - label_smoothing / classes)
     out = out.masked_fill(rearrange(~valid, "b -> b 1"), torch.nan)
     return out.masked_fill(rearrange(~taken, "b -> b 1"), 0.0).to(logits.dtype)

@@ -62,7 +62,7 @@ def _cross_entropy_kernel(
     x_ptr,  # [H, B, C]
     target_ptr,  # [B] int64
     lse_ptr,  # [H, B] fp32
-    part_ptr,  # [2, H, blocks] fp64: sums of losses, counts
+    part_ptr,  # [2, H, blocks] fp64: sums of losses, counts; EACH: [H, B] fp32, losses
     part_count,  # H * blocks
     B,
     C,  # in units of ALIGN, as the strides
@@ -76,8 +76,10 @@ def _cross_entropy_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     VEC: tl.constexpr,  # logits of a 16-byte access
+    EACH: tl.constexpr,
 ):
-    """Log-sum-exp of some rows of a half; the sum of their losses, the number of their targets."""
+    """Log-sum-exp of some rows of a half; their losses, or the sum of these and the number of
+    targets."""
     C *= ALIGN
     blocks = tl.cdiv(B, ROWS)
     half, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
@@ -112,10 +114,13 @@ def _cross_entropy_kernel(
         b_loss = (1.0 - s) * b_loss + s * ((b_top - b_shift - b_mean) + b_log)
     m_taken = m_b & (b_target != ignore_index)
     b_loss = tl.where(m_valid, b_loss, float("nan"))
-    b_loss = tl.where(m_taken, b_loss, 0.0).to(tl.float64)
-    p_part = part_ptr + tl.program_id(0)
-    tl.store(p_part, tl.sum(b_loss, 0))
-    tl.store(p_part + part_count, tl.sum(m_taken.to(tl.float64), 0))
+    b_loss = tl.where(m_taken, b_loss, 0.0)
+    if EACH:
+        tl.store(part_ptr + half.to(tl.int64) * B + o_b, b_loss, mask=m_b)
+    else:
+        p_part = part_ptr + tl.program_id(0)
+        tl.store(p_part, tl.sum(b_loss.to(tl.float64), 0))
+        tl.store(p_part + part_count, tl.sum(m_taken.to(tl.float64), 0))
 
 
 @jit(do_not_specialize=["blocks", "part_count"])
@@ -165,7 +170,7 @@ def _cross_entropy_backward_kernel(
     x_ptr,
     target_ptr,
     lse_ptr,
-    scale_ptr,
+    scale_ptr,  # [H]; EACH: [H, B]
     out_ptr,  # [H, B, C]
     B,
     C,  # in units of ALIGN, as the strides
@@ -177,6 +182,7 @@ def _cross_entropy_backward_kernel(
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    EACH: tl.constexpr,
 ):
     """A tile of the gradient."""
     out_half = B.to(tl.int64) * C
@@ -191,7 +197,10 @@ def _cross_entropy_backward_kernel(
     b_x = tl.load(p_x, mask=m_x, other=0.0).to(tl.float32)
     b_target = tl.load(target_ptr + o_b, mask=m_b, other=0)
     b_lse = tl.load(lse_ptr + half.to(tl.int64) * B + o_b, mask=m_b, other=0.0)
-    b_scale = tl.zeros([ROWS], tl.float32) + tl.load(scale_ptr + half)
+    if EACH:
+        b_scale = tl.load(scale_ptr + half.to(tl.int64) * B + o_b, mask=m_b, other=0.0)
+    else:
+        b_scale = tl.zeros([ROWS], tl.float32) + tl.load(scale_ptr + half)
     m_valid = (b_target >= 0) & (b_target < C * ALIGN)
     b_scale = tl.where(m_valid, b_scale, float("nan"))
     m_hit = b_target[:, None] == o_c[None, :]
@@ -223,20 +232,37 @@ def _with_unit_stride(logits: Tensor) -> Tensor:
     return logits if logits.stride(2) == 1 else logits.contiguous()
 
 
+def _mean(parts: Tensor) -> Tensor:
+    """Losses of the halves from the parts of each."""
+    _, halves, blocks = parts.shape
+    losses = torch.empty(halves, dtype=torch.float32, device=parts.device)
+    _mean_kernel[(halves,)](
+        *(parts, losses, blocks, halves * blocks),
+        BLOCK=SUM_BLOCK,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+    return losses
+
+
 def paired_cross_entropy(
     logits: Tensor,
     target: Tensor,
     *,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
+    reduction: str = "mean",
 ) -> tuple[Tensor, Tensor]:
     x, target, smoothing = _with_unit_stride(logits), target.contiguous(), label_smoothing
     (halves, rows, classes), device = x.shape, x.device
-    losses = torch.empty(halves, dtype=torch.float32, device=device)
+    each = reduction == "none"
     lse = torch.empty((halves, rows), dtype=torch.float32, device=device)
     height, width, warps = tile_for(rows, classes)
     blocks = triton.cdiv(rows, height)
-    parts = torch.empty((2, halves, blocks), dtype=torch.float64, device=device)
+    if each:
+        parts = torch.empty_like(lse)
+    else:
+        parts = torch.empty((2, halves, blocks), dtype=torch.float64, device=device)
     align, sizes = _strides(x)
     if rows:
         _cross_entropy_kernel[(halves * blocks,)](
@@ -249,16 +275,24 @@ def paired_cross_entropy(
             ROWS=height,
             COLS=width,
             VEC=min(16 // x.element_size(), width),
+            EACH=each,
             num_warps=warps,
             enable_fp_fusion=True,
         )
-    _mean_kernel[(halves,)](
-        *(parts, losses, blocks, halves * blocks),
-        BLOCK=SUM_BLOCK,
-        num_warps=4,
+    return parts if each else _mean(parts), lse
+
+
+def _scale(target: Tensor, grad: Tensor, ignore_index: int) -> Tensor:
+    """`grad / count` of every half."""
+    scale = torch.empty_like(grad)
+    _scale_kernel[(1,)](
+        *(target, grad, scale, len(target), len(grad), ignore_index),
+        HALVES=power_of_two(len(grad)),
+        BLOCK=COUNT_BLOCK,
+        num_warps=8,
         enable_fp_fusion=True,
     )
-    return losses, lse
+    return scale
 
 
 def paired_cross_entropy_backward(
@@ -269,6 +303,7 @@ def paired_cross_entropy_backward(
     *,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
+    reduction: str = "mean",
 ) -> Tensor:
     x, smoothing = _with_unit_stride(logits), label_smoothing
     target, lse, grad = target.contiguous(), lse.contiguous(), grad.contiguous()
@@ -276,24 +311,18 @@ def paired_cross_entropy_backward(
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    scale = torch.empty_like(grad)
-    _scale_kernel[(1,)](
-        *(target, grad, scale, rows, halves, ignore_index),
-        HALVES=power_of_two(halves),
-        BLOCK=COUNT_BLOCK,
-        num_warps=8,
-        enable_fp_fusion=True,
-    )
+    each = reduction == "none"
     height, width, warps = tile_for(rows, classes)
     align, sizes = _strides(x)
     blocks = triton.cdiv(rows, height) * triton.cdiv(classes, width)
     _cross_entropy_backward_kernel[(halves * blocks,)](
-        *(x, target, lse, scale, out, rows, *sizes),
+        *(x, target, lse, grad if each else _scale(target, grad, ignore_index), out, rows, *sizes),
         *(float(smoothing), smoothing / classes),
         ignore_index,
         ALIGN=align,
         ROWS=height,
         COLS=width,
+        EACH=each,
         num_warps=warps,
         enable_fp_fusion=True,
     )
