@@ -30,8 +30,9 @@ import torch
 from torch import Tensor
 
 from elasticzo.directions import Dense, Direction, LowRank
+from elasticzo.feedback import Feedback
 from elasticzo.losses import SIDES
-from elasticzo.points import Points, plus_sides, two_sided
+from elasticzo.points import CLEAN, Points, plus_sides, two_sided
 from elasticzo.samples import Samples
 from elasticzo.settings import check_queries
 
@@ -63,6 +64,7 @@ class Estimator:
         sources: halves of the losses that a tail may learn from, by name.
         average: whether the coefficients are averaged over the queries; signs add up.
         samples: the directions of weights that are learnt by sample.
+        feedback: settings of learnt feedback, which has no directions.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Estimator:
     sources: Mapping[str, slice]
     average: bool = True
     samples: Samples = field(default_factory=Samples)
+    feedback: Feedback | None = None
 
     def __post_init__(self) -> None:
         check_queries(self.queries)
@@ -93,7 +96,8 @@ class Estimator:
 
     def describe(self) -> dict[str, Any]:
         """What makes it another estimator: it stands in logs and states."""
-        return {"name": self.name, "queries": self.queries, **self.direction.describe()}
+        of = self.direction.describe() if self.feedback is None else self.feedback.describe()
+        return {"name": self.name, "queries": self.queries, **of}
 
 
 def spsa(queries: int = 1, noise: str = "normal") -> Estimator:
@@ -126,6 +130,18 @@ def low_rank(queries: int = 1, rank: int = 2, every: int = 50, noise: str = "nor
     """
     direction = LowRank(rank, every, noise)
     return Estimator("low_rank", direction, queries, two_sided(queries), central_difference, SIDES)
+
+
+def by_feedback(settings: Feedback) -> Estimator:
+    """One pass at `w`; what the step learns it learns from a second one, with noise on the layers'
+    outputs: see `elasticzo.feedback`."""
+
+    def nothing(losses: Tensor, eps: Tensor) -> Tensor:
+        return torch.zeros(1, dtype=torch.float64, device=losses.device)
+
+    sources = {"clean": slice(0, 1)}
+    direction = Dense("rademacher")
+    return Estimator("feedback", direction, 1, CLEAN, nothing, sources, feedback=settings)
 
 
 # What the contract tests run over: a new method is a line here.

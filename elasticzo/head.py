@@ -28,7 +28,7 @@ class HeadParameter:
 
 
 # What the noise belongs to that a weight is learnt by.
-KINDS = ("weight", "rank1", "sample", "node", "auto")
+KINDS = ("weight", "rank1", "sample", "node", "auto", "feedback")
 BY_SAMPLE = ("sample", "node", "auto")  # they need the loss of each sample
 
 
@@ -39,7 +39,8 @@ class Kind:
     Attributes:
         name: "weight" (an element of noise for each of its own, one direction a batch), "rank1"
             (one direction of rank one a batch), "sample" (one of rank one a sample), "node" (noise
-            on the outputs of its layer), "auto" (not settled before the first forward).
+            on the outputs of its layer), "auto" (not settled before the first forward), "feedback"
+            (errors that a learnt matrix carries back; of the whole head or of none).
         why: what decided, where it is not what was asked for.
         automatic: whether "auto" was asked for.
     """

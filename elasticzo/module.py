@@ -117,10 +117,14 @@ class ZOModule(nn.Module, ABC):
         # Not by an attribute's way: a layer of an integer network may have this name.
         self.__dict__["estimator"] = replace(self.estimator, direction=direction)
 
-    def estimates(self, a: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Estimates of the gradients of weights that are not learnt by noise of their own
-        elements, by name, from the coefficients of the directions (and samples)."""
-        return iter(())
+    def learn(self, a: Tensor, found: Tensor, take: Callable[[str, Tensor], None]) -> None:
+        """Let `take` have the estimate of the gradient of every weight that is not learnt by noise
+        of its own elements, by name, each once and as soon as it is there.
+
+        Args:
+            a: coefficients of the directions `[Q]`, or of the samples, too, `[Q, B]`.
+            found: 1 where the step is skipped.
+        """
 
     def fixed(self) -> dict[str, Any]:
         """Settings of its own that must be the same when a run goes on."""

@@ -53,6 +53,7 @@ class Session:
 
     Attributes:
         stepped: whether a step was done since wrapping.
+        learnt: what a run learns besides weights, by name (the matrices of learnt feedback).
         pending: an update that waits for the next forward.
     """
 
@@ -85,6 +86,7 @@ class Session:
         if eps is not None:
             self.eps.fill_(eps)
         self.stepped = False
+        self.learnt: dict[str, Tensor] = {}
         self.pending: Pending | None = None
         self._begin()
 
@@ -104,7 +106,8 @@ class Session:
 
     def tensors(self) -> Iterator[Tensor]:
         """All that lives on the device."""
-        return (getattr(self, name) for name in self._kept)
+        yield from (getattr(self, name) for name in self._kept)
+        yield from self.learnt.values()
 
     # ---- a step
 
@@ -218,18 +221,21 @@ class Session:
         self.pending, self.before = None, None
         for name in self._kept:
             setattr(self, name, getattr(self, name).to(device))
+        self.learnt = {name: t.to(device) for name, t in self.learnt.items()}
 
     @contextmanager
     def untouched(self, eps: float | None = None) -> Iterator[None]:
         """Afterwards as before; meanwhile at another eps, if one is given."""
-        values = [t.clone() for t in self.tensors()]
+        values = [(t, t.clone()) for t in self.tensors()]
+        learnt = dict(self.learnt)
         flags = {name: getattr(self, name) for name in (*FLAGS, "stepped")}
         if eps is not None:
             self.eps.fill_(eps)
         try:
             yield
         finally:
-            for t, value in zip(self.tensors(), values, strict=True):
+            self.learnt = learnt
+            for t, value in values:
                 t.copy_(value)
             for name, value in flags.items():
                 setattr(self, name, value)

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from elasticzo.cut import Tail, resolve_cut
-from elasticzo.estimator import Estimator, spsa
+from elasticzo.estimator import Estimator, by_feedback, spsa
+from elasticzo.feedback import Feedback
 from elasticzo.forward.check import check_stacked
 from elasticzo.forward.engine import Engine
+from elasticzo.forward.hear import learn_by_feedback
 from elasticzo.forward.learn import estimates
 from elasticzo.forward.plan import head_of
 from elasticzo.forward.trees import check_leaves, strip
@@ -92,7 +94,7 @@ class ElasticZO(ZOModule):
         path: str | Mapping[str, str] = "auto",
         state_tensors: int = 2,
         estimator: Estimator | None = None,
-        directions: str | Mapping[str, str] = "weight",
+        directions: str | Mapping[str, str] | Feedback = "weight",
         group: int = 1,
     ) -> None:
         super().__init__()
@@ -120,6 +122,14 @@ class ElasticZO(ZOModule):
         flush_others(model)
         self.module = model
         self.register_load_state_dict_post_hook(loaded)  # type: ignore[no-untyped-call]
+        settings = Feedback() if directions == "feedback" else directions
+        if isinstance(settings, Feedback):
+            if estimator is not None or queries != 1:
+                raise ValueError(
+                    "learnt feedback is an estimator of its own, a clean and a noisy pass: got "
+                    f"estimator={estimator!r} and queries={queries!r} beside it"
+                )
+            estimator, directions = by_feedback(settings), "feedback"
         if estimator is None:
             estimator = spsa(queries, noise or "normal")
         samples = Samples(noise or "rademacher", group)
@@ -141,7 +151,8 @@ class ElasticZO(ZOModule):
         self.head = head_of(model, self.cut, scale)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.session = Session(seed, eps, device)
-        of = (model, self.cut, self.head, self.session, self.estimator.direction, samples)
+        learnt = None if self.cut.everything else self.estimator.feedback
+        of = (model, self.cut, self.head, self.session, self.estimator.direction, samples, learnt)
         how |= {"path": path, "directions": directions, "wanted": compute_dtype}
         self.engine = Engine(*of, **how)
         for _, p in self.head.named():
@@ -308,8 +319,13 @@ class ElasticZO(ZOModule):
         super().moved(device)
         self.engine.unsettle()
 
-    def estimates(self, a: Tensor) -> Iterator[tuple[str, Tensor]]:
-        return estimates(self.session, self.head, self.estimator.samples, a, self.backend)
+    def learn(self, a: Tensor, found: Tensor, take: Callable[[str, Tensor], None]) -> None:
+        if self.engine.feedback is not None:
+            learn_by_feedback(self.engine, self.backend, found, take)
+            return
+        samples = self.estimator.samples
+        for name, u in estimates(self.session, self.head, samples, a, self.backend):
+            take(name, u)
 
     def replayer(self, header: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], None]:
         return replayer(self, header)

@@ -27,10 +27,12 @@ from elasticzo.buffers import (
 )
 from elasticzo.cut import Cut
 from elasticzo.directions import Direction
+from elasticzo.feedback import Feedback
 from elasticzo.forward.halves import NotByHalf, NotBySample, UsesGenerator, each_half, run_stacked
 from elasticzo.forward.layers.sequence import run_sequence
+from elasticzo.forward.listening import Call, Clean, Heard, Listener, floats
 from elasticzo.forward.passes import Layer, Pass
-from elasticzo.forward.plan import build_plan, learn_by, owner_of, promote
+from elasticzo.forward.plan import around, build_plan, learn_by, owner_of, promote
 from elasticzo.forward.precision import compute_dtype, parse_compute_dtype
 from elasticzo.forward.staging import Staging
 from elasticzo.forward.trees import (
@@ -76,6 +78,7 @@ class Engine:
         session: Session,
         direction: Direction,
         samples: Samples,
+        feedback: Feedback | None,
         backend: str,
         pairing: str,
         path: str | Mapping[str, str],
@@ -84,7 +87,7 @@ class Engine:
     ) -> None:
         self.module, self.cut, self.head, self.session = module, cut, head, session
         self.direction, self._backend, self.pairing = direction, backend, pairing
-        self.samples = samples
+        self.samples, self.feedback = samples, feedback
         self.compute_dtype, self.precision = parse_compute_dtype(wanted)
         self.plan = build_plan(module, head, path, directions)
         if pairing == "stacked" and self.plan.sequence_first and not cut.everything:
@@ -93,6 +96,8 @@ class Engine:
                 f"batch_first=False: {', '.join(self.plan.sequence_first)}; use "
                 "pairing='sequential'"
             )
+        self.around = around(self.plan)
+        self.last: Call | None = None  # of the head's layers, where it learns by feedback
         self._known = list(module.modules())
         self._settled: tuple[Any, ...] | None = None  # circumstances that the plan was seen in
         self.moving: list[BufferSlot] = []
@@ -163,13 +168,58 @@ class Engine:
         buffers.restore()
         return output
 
+    def again(self, heard: Heard, listener: Listener) -> Any:
+        """The forward of a clean pass once more; buffers and generators stay as they are."""
+        device = self.session.device
+        buffers, generator = BufferSnapshot(self.moving), None
+        current = self.new_pass(CLEAN)
+        current.micro_batch, current.first, current.listener = (
+            heard.micro_batch,
+            heard.first,
+            listener,
+        )
+        if heard.generator is not None:
+            generator = generator_state(device)
+            set_generator_state(device, heard.generator)
+        autocast, on = heard.autocast, heard.autocast is not None
+        try:
+            with torch.autocast(device.type, dtype=autocast, enabled=on):
+                return self._evaluate(current, heard.args, heard.kwargs)
+        finally:
+            buffers.restore()
+            if generator is not None:
+                set_generator_state(device, generator)
+
+    def _heard(
+        self, current: Pass, args: Any, kwargs: Any, output: Any, generator: Any
+    ) -> list[Any]:
+        """What a training forward leaves for the step."""
+        clean = current.listener
+        if not isinstance(clean, Clean):
+            return list(current.kept.values())
+        device = self.session.device
+        if clean.last != self.last:
+            raise RuntimeError(
+                f"the last layer of the head that ran is {clean.last}, in the first forward it was "
+                f"{self.last}: learnt feedback needs the same order of layers in every step"
+            )
+        outputs = {i: t for i, t in enumerate(floats(output)) if t.requires_grad}
+        for t in outputs.values():
+            t.retain_grad()
+        drew = not torch.equal(generator, generator_state(device))
+        at = (current.micro_batch, current.first, generator if drew else None)
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else None
+        return [Heard(args, kwargs, *at, dtype, outputs, clean.cut, clean.uses)]
+
     @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]
     def _run(self, points: Points, args: Any, kwargs: Any) -> Any:
         session = self.session
         if session.before is None:
             session.before = BufferSnapshot(self.moving)
         try:
-            current = self.new_pass(points)
+            generator = generator_state(session.device)
+            current = self._listened(self.new_pass(points))
             output = self._evaluate(current, args, kwargs)
             session.flush()  # what this forward did not read
         except NotBySample as problem:
@@ -182,8 +232,13 @@ class Engine:
             self.mixes_generator = True
             session.before.restore()
             raise RuntimeError(f"{DRAWS}; it did not before: repeat this step") from None
-        session.note_forward(current.batch, list(current.kept.values()))
+        session.note_forward(current.batch, self._heard(current, args, kwargs, output, generator))
         return output
+
+    def _listened(self, current: Pass) -> Pass:
+        if self.feedback is not None:
+            current.listener = Clean(self.around, self.last)
+        return current
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _first_run(self, points: Points, args: Any, kwargs: Any) -> Any:
@@ -197,13 +252,14 @@ class Engine:
             watch = Watch(self.head)
             try:
                 with watch.over(self.module, self.cut.tail_parameters):
-                    current = self.new_pass(points, watch)
+                    current = self._listened(self.new_pass(points, watch))
                     output = self._evaluate(current, args, kwargs)
-                if self._settles(watch, points):
+                if self._settles(watch, points) and self._heard_last(current):
                     self.settle(snapshot.moved())
                     if session.before is None:
                         session.before = snapshot.only(self.moving)
-                    session.note_forward(current.batch, list(current.kept.values()))
+                    kept = self._heard(current, args, kwargs, output, generator)
+                    session.note_forward(current.batch, kept)
                     return output
             except NotBySample as problem:
                 learn_by(self.head, problem.layer, Kind("weight", problem.why))
@@ -218,6 +274,13 @@ class Engine:
             snapshot.restore()
             set_generator_state(device, generator)
         raise AssertionError("the plan of the model did not settle")
+
+    def _heard_last(self, current: Pass) -> bool:
+        """Whether it is known which layer of the head is the last."""
+        if not isinstance(current.listener, Clean):
+            return True
+        known, self.last = self.last, current.listener.last
+        return known == self.last
 
     def new_pass(self, points: Points, watch: Watch | None = None) -> Pass:
         """The state of a forward that evaluates these points."""
@@ -306,7 +369,13 @@ def _call(
     current: Pass, layer: Layer, forward: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
     """What a layer's module runs instead of its own forward."""
-    return layer.call(current, layer, forward, args, kwargs)
+    if current.listener is None or not (layer.head or layer.swaps):
+        return layer.call(current, layer, forward, args, kwargs)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return layer.call(current, layer, forward, args, kwargs)
+
+    return current.listener(current, layer, run, args, kwargs)
 
 
 _call_untraced: Callable[..., Any] = torch.compiler.disable(_call)  # type: ignore[no-untyped-call]

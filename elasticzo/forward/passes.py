@@ -101,6 +101,7 @@ class Pass:
     batch: int | None = None
     first: int = 0
     kept: dict[tuple[str, int], Kept] = field(default_factory=dict)
+    listener: Callable[..., Any] | None = None  # of learnt feedback: stands before each layer
 
     @property
     def key(self) -> Tensor:

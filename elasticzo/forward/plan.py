@@ -166,6 +166,9 @@ def _choose_paths(plan: Plan, path: str | Mapping[str, str]) -> None:
 def _choose_kinds(plan: Plan, head: Head, directions: str | Mapping[str, str]) -> None:
     """Give every weight the kind that is asked for, as far as its layer can serve it."""
     wanted = resolve_directions(list(head.parameters), directions)
+    if "feedback" in wanted.values():
+        _all_by_feedback(plan, head, wanted)
+        return
     served = {h.name for layer in plan.layers.values() for h in layer.head.values()}
     if plan.sequence_first:
         served = set()
@@ -185,6 +188,34 @@ def _choose_kinds(plan: Plan, head: Head, directions: str | Mapping[str, str]) -
         assert isinstance(layer.call, Handler)
         layer.kind = layer.call.kind_of(asked.pop())
         learn_by(head, layer, layer.kind)
+
+
+def _all_by_feedback(plan: Plan, head: Head, wanted: Mapping[str, str]) -> None:
+    others = [name for name, kind in wanted.items() if kind != "feedback"]
+    if others:
+        raise ValueError(
+            f"learnt feedback is of the whole head; {wanted[others[0]]!r} is asked for of "
+            f"{others[0]!r}"
+        )
+    if plan.sequence_first:
+        raise ValueError(
+            "learnt feedback needs the batch as dimension 0, but these modules have "
+            f"batch_first=False: {', '.join(plan.sequence_first)}"
+        )
+    head.kinds |= dict.fromkeys(head.kinds, Kind("feedback"))
+    for layer in plan.layers.values():
+        layer.kind = Kind("feedback")
+
+
+def around(plan: Plan) -> set[str]:
+    """Names of layers with weights of the head that have others inside of them."""
+    names = [name for name, layer in plan.layers.items() if layer.head or layer.swaps]
+    return {
+        name
+        for name in names
+        for other in names
+        if other != name and (not name or other.startswith(f"{name}."))
+    }
 
 
 def learn_by(head: Head, layer: Layer, kind: Kind) -> None:

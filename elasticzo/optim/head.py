@@ -125,7 +125,7 @@ class HeadOptimizer(Step, torch.optim.Optimizer):  # type: ignore[misc]  # of `s
         move = Move(model.session.key, mean, rates, decays, found, self.rule, settings)
         places = self._dense(targets)
         if len(places) < len(targets):
-            self._learn(targets, places, move, a)
+            self._learn(targets, places, move, a, found)
             if self._few is None or self._few[0] is not targets or self._few[1] != places:
                 self._few = (targets, places, [targets[i] for i in places])
             targets, move = self._few[2], move.of(places)
@@ -139,20 +139,25 @@ class HeadOptimizer(Step, torch.optim.Optimizer):  # type: ignore[misc]  # of `s
         kinds = self.model.head.kinds
         return [i for i, t in enumerate(targets) if kinds[t.head.name].name == "weight"]
 
-    def _learn(self, targets: list[Target], dense: list[int], move: Move, a: Tensor) -> None:
+    def _learn(
+        self, targets: list[Target], dense: list[int], move: Move, a: Tensor, found: Tensor
+    ) -> None:
         """Update the others, each as soon as its estimate is there; those that nothing was
         learnt of meet their weight decay alone."""
         left = {t.head.name: (i, t) for i, t in enumerate(targets) if i not in set(dense)}
 
-        def take(i: int, t: Target, u: Tensor) -> None:
+        def take(name: str, u: Tensor | None) -> None:
+            if name not in left:
+                return
+            i, t = left.pop(name)
+            wide = torch.promote_types(t.w.dtype, torch.float32)
+            u = torch.zeros_like(t.w, dtype=wide) if u is None else u.to(wide)
             with rows_stay([t]):
                 apply_(t, u, move.of([i]), self.model.backend)
 
-        for name, u in self.model.estimates(a):
-            if name in left:
-                take(*left.pop(name), u)
-        for i, t in left.values():
-            take(i, t, torch.zeros_like(t.w, dtype=torch.promote_types(t.w.dtype, torch.float32)))
+        self.model.learn(a, found, take)
+        for name in list(left):
+            take(name, None)
 
     def _wait(self, targets: list[Target], move: Move) -> tuple[list[Target], Move]:
         """Leave the update to the next forward; what cannot wait (embeddings with a row that
@@ -351,6 +356,8 @@ class HeadOptimizer(Step, torch.optim.Optimizer):  # type: ignore[misc]  # of `s
         model.flush()
         state = super().state_dict()
         here = {"seed": model.seed, "step": model.step_index, **model.session.saved()}
+        if self.model.estimator.feedback is not None:
+            here["learnt"] = {name: t.clone() for name, t in model.session.learnt.items()}
         state["zo"] = here | self._fixed()
         return state
 
@@ -366,6 +373,8 @@ class HeadOptimizer(Step, torch.optim.Optimizer):  # type: ignore[misc]  # of `s
         check_saved(of, state_dict, ("state", "param_groups", "zo"), fixed, more=True)
         saved, now = state_dict["zo"], self._fixed()
         numbers = ("seed", "step", *model.session.saved())
+        if model.estimator.feedback is not None:
+            numbers = (*numbers, "learnt")
         check_saved(f"{of} under 'zo'", saved, (*numbers, *now), now)
         model.session.check(saved)
         check_groups(of, state_dict["param_groups"], self._entries)
@@ -379,6 +388,9 @@ class HeadOptimizer(Step, torch.optim.Optimizer):  # type: ignore[misc]  # of `s
         self._cached = None
         model.go_to(saved["seed"], saved["step"])
         model.session.load(saved)
+        device = model.session.device
+        learnt = saved.get("learnt", {})
+        model.session.learnt = {name: t.to(device, copy=True) for name, t in learnt.items()}
         self._last_read_skips = saved["skipped"]
 
     counted: tuple[str, ...] = ()  # what `state_of` keeps besides

@@ -40,7 +40,7 @@ def product(current: Pass, layer: Layer, x: Tensor) -> Tensor:
 def _product(current: Pass, layer: Layer, x: Tensor) -> Tensor:
     m: Any = layer.module
     dtype = compute_dtype(x.device, current.wanted)
-    if layer.kind.name != "weight":
+    if layer.kind.name not in ("weight", "feedback"):
         return _with_noise(current, layer, x, dtype)
     if layer.fusable and path_of(current, layer, x, dtype) == "fused":
         with current.unwatched():

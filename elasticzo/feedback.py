@@ -1,0 +1,91 @@
+"""Learnt feedback: noise on a layer's outputs learns a matrix that carries the errors back.
+
+Of a layer with outputs y_i of sample i (its nodes), network outputs o_i, e_i = d loss / d o_i:
+
+    d_i = M e_i                                  the error of the nodes, where M ~ (d o / d y)^T
+    y'_i = y_i + s xi_i, s = noise * rms(y)      in a second pass, xi signs of the counter noise
+    M <- (1 - beta) M + beta / (B s) sum_i xi_i (o'_i - o_i)^T,   beta = max(beta, 1 / step)
+
+Two passes, and no activation is kept between them. d is biased (a mean Jacobian, not the sample's);
+`d_i + (c_i - xi_i . d_i) xi_i` with `c_i = e_i . (o'_i - o_i) / s` is not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elasticzo.directions import draw
+from elasticzo.head import HeadParameter
+from elasticzo.settings import check_integer, check_number
+
+MATRICES = ("learnt", "random", "zero")
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """How errors come back to the layers of the head.
+
+    Args:
+        matrix: "learnt"; "random" is fixed signs (direct feedback alignment), "zero" none at all:
+            of the head its last layer alone learns, by the exact gradient. Both are controls.
+        noise: size of the noise on a layer's outputs, relative to their root mean square.
+        beta: what a step weighs in M at least.
+        unbiased: whether the noise's own answer corrects d; the inputs of the layers are then
+            kept until the end of the second pass.
+        width: where a sample has more outputs, M learns so many fixed random sums of them.
+    Source: Xiao et al., "Online pseudo-zeroth-order training" (arXiv:2407.12516); Lillicrap et al.
+        2016 and Noekland 2016 (arXiv:1609.01596) for fixed random feedback.
+    """
+
+    matrix: str = "learnt"
+    noise: float = 0.1
+    beta: float = 0.01
+    unbiased: bool = False
+    width: int = 512
+
+    def __post_init__(self) -> None:
+        if self.matrix not in MATRICES:
+            raise ValueError(f"matrix must be one of {MATRICES}, got {self.matrix!r}")
+        positive = "a finite number > 0"
+        check_number("noise", self.noise, positive, lambda v: 0.0 < v < float("inf"))
+        check_number("beta", self.beta, "in (0, 1]", lambda v: 0.0 < v <= 1.0)
+        check_integer("width", self.width, 1, 1 << 20)
+        if self.unbiased and self.matrix == "zero":
+            raise ValueError("unbiased corrects a matrix: matrix must not be 'zero'")
+
+    def describe(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def xi(
+        self, head: HeadParameter, shape: torch.Size, key: Tensor, call: int, first: int, to: str
+    ) -> Tensor:
+        """The signs on the outputs `[B, nodes]` of one call of a layer; `to`: the backend."""
+        at = (head, key, call, to, "node", first)
+        return draw("rademacher", (shape[0], shape[1:].numel()), *at)
+
+    def begin(self, head: HeadParameter, nodes: int, like: Tensor, key: Tensor, to: str) -> Tensor:
+        """M before the first step, `[nodes, outputs]` for errors like these, `[B, outputs]`."""
+        outputs = like.shape[1]
+        if self.matrix == "random":
+            of_run = key * torch.tensor([1, 0], device=key.device)
+            signs = draw("rademacher", (nodes, outputs), head, of_run, 0, to, "left")
+            return signs.to(like.dtype).mul_(outputs**-0.5)
+        return like.new_zeros(nodes, outputs)
+
+    def sums(self, like: Tensor, key: Tensor, to: str) -> Tensor | None:
+        """`[outputs, width]`, what M is told instead of many outputs; None where they are few."""
+        outputs = like.shape[1]
+        if outputs <= self.width:
+            return None
+        of_run = key * torch.tensor([1, 0], device=key.device)
+        nobody = HeadParameter("", 0, 1.0)
+        signs = draw("rademacher", (outputs, self.width), nobody, of_run, 0, to, "right")
+        return signs.to(like.dtype).mul_(self.width**-0.5)
+
+    def weight(self, steps: Tensor) -> Tensor:
+        """beta of a step after so many: `[]`."""
+        return torch.clamp(1.0 / (steps + 1.0), min=self.beta)

@@ -1,0 +1,63 @@
+"""The step of learnt feedback: noisy passes over what the clean ones were given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from elasticzo.forward.engine import Engine
+from elasticzo.forward.listening import Heard, Noisy, floats, rows
+
+COUNT = "steps"  # of `session.learnt`: how many have moved the matrices
+
+
+@torch.no_grad()
+def learn_by_feedback(
+    engine: Engine, backend: str, found: Tensor, take: Callable[[str, Tensor], None]
+) -> None:
+    """Gradients of the head's weights, and one step of the matrices.
+
+    Weights move at once, one layer after the other, where the step has one micro-batch; gradients
+    of several are summed first. Of a skipped step (`found`) the matrices stay.
+    """
+    session, settings = engine.session, engine.feedback
+    assert settings is not None and engine.last is not None
+    heard: list[Heard] = list(session.kept)
+    gradients: dict[str, Tensor] = {}
+    moves: dict[str, Tensor] = {}
+    whole = torch.ones((), dtype=torch.bool, device=found.device)
+    for one in heard:
+        o, e = one.error()
+        told = settings.sums(o, session.key, backend)
+        if told is not None:
+            o, e = o @ told, e @ told
+        of = (settings, session, backend, one, engine.last, e, len(heard) == 1, take, gradients)
+        noisy = Noisy(engine.around, *of)
+        found_again = floats(engine.again(one, noisy))
+        after = rows([found_again[i] for i in one.outputs])
+        change = (after if told is None else after @ told) - o
+        whole = whole & torch.isfinite(change).all()
+        for name, move, _ in noisy.answers(change):
+            moves[name] = moves[name] + move if name in moves else move
+    for name, u in gradients.items():
+        take(name, u)
+    _move(engine, moves, (found == 0) & whole)
+
+
+def _move(engine: Engine, moves: dict[str, Tensor], goes: Tensor) -> None:
+    """`M <- (1 - beta) M + beta / B sum`, where the step is not skipped."""
+    session, settings = engine.session, engine.feedback
+    assert settings is not None
+    if not moves:
+        return
+    if COUNT not in session.learnt:
+        session.learnt[COUNT] = torch.zeros((), dtype=torch.float64, device=session.device)
+    steps = session.learnt[COUNT]
+    beta = settings.weight(steps)
+    for name, move in moves.items():
+        m = session.learnt[name]
+        new = m.lerp(move.to(m.dtype) / session.samples, beta.to(m.dtype))
+        m.copy_(torch.where(goes, new, m))
+    steps.add_(goes.to(steps.dtype))
