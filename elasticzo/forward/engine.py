@@ -30,7 +30,7 @@ from elasticzo.directions import Direction
 from elasticzo.feedback import Feedback
 from elasticzo.forward.halves import NotByHalf, NotBySample, UsesGenerator, each_half, run_stacked
 from elasticzo.forward.layers.sequence import run_sequence
-from elasticzo.forward.listening import Call, Clean, Heard, Listener, floats
+from elasticzo.forward.listening import Call, Clean, Heard, Listener, Order, floats
 from elasticzo.forward.passes import Layer, Pass
 from elasticzo.forward.plan import around, build_plan, learn_by, owner_of, promote
 from elasticzo.forward.precision import compute_dtype, parse_compute_dtype
@@ -97,7 +97,9 @@ class Engine:
                 "pairing='sequential'"
             )
         self.around = around(self.plan)
-        self.last: Call | None = None  # of the head's layers, where it learns by feedback
+        # Where the head learns by feedback: its last layer, and when weights are done with.
+        self.last: Call | None = None
+        self.order = Order()
         self._known = list(module.modules())
         self._settled: tuple[Any, ...] | None = None  # circumstances that the plan was seen in
         self.moving: list[BufferSlot] = []

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from elasticzo.forward.engine import Engine
-from elasticzo.forward.listening import Heard, Noisy, floats, rows
+from elasticzo.forward.listening import Heard, floats, rows
+from elasticzo.forward.noisy import Noisy
 
 COUNT = "steps"  # of `session.learnt`: how many have moved the matrices
 
@@ -33,9 +34,10 @@ def learn_by_feedback(
         told = settings.sums(o, session.key, backend)
         if told is not None:
             o, e = o @ told, e @ told
-        of = (settings, session, backend, one, engine.last, e, len(heard) == 1, take, gradients)
-        noisy = Noisy(engine.around, *of)
-        found_again = floats(engine.again(one, noisy))
+        of = (settings, session, backend, one, engine.last, engine.order, e)
+        noisy = Noisy(engine.around, *of, len(heard) == 1, take, gradients)
+        with noisy.segments():
+            found_again = floats(engine.again(one, noisy))
         after = rows([found_again[i] for i in one.outputs])
         change = (after if told is None else after @ told) - o
         whole = whole & torch.isfinite(change).all()

@@ -1,0 +1,252 @@
+"""The noisy pass of learnt feedback: segments of the head, each learns and gets its noise.
+
+A segment begins with a layer that multiplies, and has all that follows it (normalisation,
+activation, pooling, a residual sum) up to the next such layer. What that one is about to read are
+the segment's nodes: their error goes through the segment's own backward to its weights; then,
+without a graph and with noise, they take the place of the tensor wherever it is used from now on,
+so that a residual branch reads what the block reads. Fewer nodes than a layer's own outputs, and no
+kink between them and what comes after.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from elasticzo.feedback import Feedback
+from elasticzo.forward.layers.norms import NORMS
+from elasticzo.forward.listening import Call, Heard, Listener, Order, floats, parameters_of
+from elasticzo.forward.passes import Layer, Pass
+from elasticzo.head import HeadParameter
+from elasticzo.session import Session
+
+Take = Callable[[str, Tensor], None]
+Leaves = list[tuple[str, Tensor]]
+
+
+@dataclass
+class Nodes:
+    """What one call of a layer was about to read, `[B, nodes]`.
+
+    Attributes:
+        key: of their matrix. head, stream: whose noise they have. size: s.
+    """
+
+    key: str
+    head: HeadParameter
+    stream: int
+    shape: torch.Size
+    size: Tensor
+
+
+@dataclass
+class Noisy(Listener):
+    """Learns from the error of each segment, and adds noise to its nodes.
+
+    Attributes:
+        error: `[B, outputs]`, as the matrices are told of it.
+        alone: whether this is the step's only micro-batch, so that weights move at once.
+        gradients: those that wait, by name.
+    """
+
+    around: set[str]
+    settings: Feedback
+    session: Session
+    backend: str
+    heard: Heard
+    last: Call
+    order: Order
+    error: Tensor
+    alone: bool
+    take: Take
+    gradients: dict[str, Tensor]
+    noised: list[Nodes] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._leaves: Leaves = []  # of segments that have not ended
+        self._calls: dict[str, int] = {}
+        self._ends = 0
+        self._fresh: list[weakref.ref[Tensor]] = []  # what the last layer returned
+        self._ended: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}  # what is read instead
+
+    @contextmanager
+    def segments(self) -> Iterator[None]:
+        """While a pass runs; gradients that no end took are taken afterwards."""
+        with torch.enable_grad(), _Instead(self):
+            yield
+        self.order.known = True
+        if self.alone:
+            for name in list(self.gradients):
+                self.take(name, self.gradients.pop(name))
+
+    def __call__(
+        self, current: Pass, layer: Layer, run: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        call = (layer.name, self._calls.get(layer.name, 0))
+        self._calls[layer.name] = call[1] + 1
+        around = layer.name in self.around
+        if not around and not self._goes_on(layer, args):
+            args, kwargs = self._end_inputs(layer, call, args, kwargs)
+        with self._open(current, layer):
+            output = run(*args, **kwargs)
+        if around:
+            return output
+        self._fresh = [weakref.ref(t) for t in floats(output)]
+        return self._cut(output) if call == self.last else output
+
+    def _goes_on(self, layer: Layer, args: Any) -> bool:
+        """Normalisation of just what a layer returned belongs to its segment."""
+        fresh = [ref() for ref in self._fresh]
+        return isinstance(layer.module, NORMS) and bool(args) and any(args[0] is t for t in fresh)
+
+    @contextmanager
+    def _open(self, current: Pass, layer: Layer) -> Iterator[None]:
+        """The weights of a layer as leaves while it reads them."""
+        put_back = []
+        for module, local, head in parameters_of(layer):
+            p = module._parameters[local]
+            # Of its data: a weight that moves leaves what other segments have saved of it usable.
+            leaf = p.data.requires_grad_(head.scale != 0.0)
+            module._parameters[local] = leaf
+            current.swapped.add((id(module), local))
+            put_back.append((module, local, p))
+            if head.scale != 0.0:
+                self._leaves.append((head.name, leaf))
+        try:
+            yield
+        finally:
+            for module, local, p in put_back:
+                module._parameters[local] = p
+                current.swapped.discard((id(module), local))
+            for module in {m for m, *_ in put_back if isinstance(m, torch.nn.RNNBase)}:
+                module._init_flat_weights()
+
+    # ---- ends of segments
+
+    def instead(self, t: Any) -> Any:
+        """What is read in place of a tensor that ended a segment."""
+        while isinstance(t, Tensor) and id(t) in self._ended:
+            ref, other = self._ended[id(t)]
+            if ref() is not t:
+                break
+            t = other
+        return t
+
+    def _end_inputs(self, layer: Layer, call: Call, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The inputs of a layer, each the end of a segment where it is one."""
+        args, kwargs = pytree.tree_map(self.instead, (args, kwargs))
+        if isinstance(layer.module, torch.nn.RNNBase):  # states have no batch in front
+            read: list[Tensor] = floats(args[:1])
+        else:
+            read = floats((args, kwargs))
+        batch, done = len(self.error), dict[int, Tensor]()
+        for place, t in enumerate({id(t): t for t in read if t.requires_grad}.values()):
+            if t.dim() and t.shape[0] % batch == 0:
+                done[id(t)] = self._end(layer, call, place, t)
+                self._ended[id(t)] = (weakref.ref(t), done[id(t)])
+        args, kwargs = pytree.tree_map(lambda t: done.get(id(t), t), (args, kwargs))
+        return args, kwargs
+
+    def _end(self, layer: Layer, call: Call, place: int, t: Tensor) -> Tensor:
+        head = parameters_of(layer)[0][2]
+        key, still = f"{call[0]}/{call[1]}/{place}", t.detach()
+        if self.settings.matrix == "zero":
+            self._close()
+            return still
+        flat = still.reshape(len(self.error), -1)
+        m = self._matrix(key, head, flat.shape[1])
+        self._learn([t], [(self.error @ m.t()).view(t.shape)])
+        if self.settings.matrix != "learnt":
+            return still
+        wide = flat.to(self.error.dtype)
+        size = self.settings.noise * wide.square().mean().sqrt()
+        nodes = Nodes(key, head, (call[1] << 8) + place, flat.shape, size)
+        self.noised.append(nodes)
+        return still + (self._xi(nodes) * size).view(t.shape).to(t.dtype)
+
+    def _cut(self, output: Any) -> Any:
+        """The end of the head: its error is exact, and nothing is noised."""
+        flat, spec = pytree.tree_flatten(output)
+        pairs = zip(floats(flat), self.heard.cut, strict=True)
+        known = [(t, c.grad) for t, c in pairs if c.grad is not None and t.requires_grad]
+        if known:
+            self._learn(*([list(side) for side in zip(*known, strict=True)]))
+        torch.set_grad_enabled(False)  # until the pass is over
+        return pytree.tree_unflatten([t.detach() if t in floats([t]) else t for t in flat], spec)
+
+    def _learn(self, tensors: list[Tensor], errors: list[Any]) -> None:
+        """Errors of the end of a segment to gradients of its weights, by its own backward."""
+        end, self._ends = self._ends, self._ends + 1
+        leaves = [w for _, w in self._leaves]
+        errors = [d.to(t.dtype) for t, d in zip(tensors, errors, strict=True)]
+        last = self.order.last
+        left = not self.order.known or any(last.get(n, -1) > end for n, _ in self._leaves)
+        found = torch.autograd.grad(tensors, leaves, errors, retain_graph=left, allow_unused=True)
+        names = []
+        for (name, _), g in zip(self._leaves, found, strict=True):
+            if g is not None:
+                old = self.gradients.get(name)
+                self.gradients[name] = g if old is None else old + g
+                names.append(name)
+        self.order.note(names, end)
+        if self.order.known:
+            self._close(end)
+
+    def _close(self, end: int | None = None) -> None:
+        """Let go of weights that nothing more will be learnt of, and move them."""
+        last = self.order.last
+        done = {n for n, _ in self._leaves if end is None or last.get(n, -1) <= end}
+        self._leaves = [(n, w) for n, w in self._leaves if n not in done]
+        if self.alone:
+            for name in done & self.gradients.keys():
+                self.take(name, self.gradients.pop(name))
+
+    # ---- matrices and noise
+
+    def _matrix(self, key: str, head: HeadParameter, nodes: int) -> Tensor:
+        if key not in self.session.learnt:
+            at = (head, nodes, self.error, self.session.key, self.backend)
+            self.session.learnt[key] = self.settings.begin(*at)
+        found = self.session.learnt[key]
+        if found.shape != (nodes, self.error.shape[1]):
+            raise ValueError(
+                f"the matrix of {key!r} is {list(found.shape)}, but {nodes} nodes came for "
+                f"{self.error.shape[1]} outputs: learnt feedback needs inputs of one size"
+            )
+        return found
+
+    def _xi(self, one: Nodes) -> Tensor:
+        at = (one.head, one.shape, self.session.key, one.stream, self.heard.first, self.backend)
+        return self.settings.xi(*at).to(self.error.dtype)
+
+    def answers(self, change: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """For each matrix: its name, `sum_i xi_i (o'_i - o_i)^T / s`, and how much of what the
+        noise did it did not foretell, `[2]`: squares of `c - xi . M e`, and of `c`."""
+        for one in self.noised:
+            xi = self._xi(one)
+            answer = change / one.size.clamp(min=torch.finfo(change.dtype).tiny)
+            c = (answer * self.error).sum(1)
+            foretold = ((xi @ self.session.learnt[one.key]) * self.error).sum(1)
+            squares = torch.stack([(c - foretold).square().sum(), c.square().sum()])
+            yield one.key, xi.t() @ answer, squares
+
+
+class _Instead(TorchFunctionMode):
+    """Functions of torch read what ended a segment without its graph and with its noise."""
+
+    def __init__(self, noisy: Noisy) -> None:
+        super().__init__()
+        self.noisy = noisy
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.noisy._ended:
+            args, kwargs = pytree.tree_map(self.noisy.instead, (args, kwargs))
+        return func(*args, **(kwargs or {}))
