@@ -181,8 +181,7 @@ NOT_IDENTITY = frozenset({
     "data_dir", "download", "out", "checkpoint_steps", "resume", "tensorboard", "plot",
 })  # fmt: skip
 
-# What the paper does, of fields that are younger than stored runs: where they say so, the run is one
-# of those.
+# What the paper does, of fields that are younger than stored runs, and that say nothing new there.
 PAPER: Mapping[str, Any] = {
     "directions": "weight", "group": 1, "head_optimizer": "sgd", "head_momentum": 0.0,
 }  # fmt: skip
