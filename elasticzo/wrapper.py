@@ -178,6 +178,13 @@ class ElasticZO(ZOModule):
         return dict(self.head.kinds)
 
     @property
+    def feedback_residual(self) -> dict[str, Tensor]:
+        """Of learnt feedback: the share of what the noise on each layer's inputs did to the loss
+        that its matrix did not foretell in the last step, `sum (c - xi . M e)^2 / sum c^2`: 1 where
+        it knows nothing, and what other layers' noise does stays in it."""
+        return dict(self.engine.residual)
+
+    @property
     def pairing(self) -> str:
         """As it was asked for."""
         return self.engine.pairing

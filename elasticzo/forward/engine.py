@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from elasticzo.buffers import (
     BufferSlot,
@@ -96,10 +96,10 @@ class Engine:
                 f"batch_first=False: {', '.join(self.plan.sequence_first)}; use "
                 "pairing='sequential'"
             )
-        self.around = around(self.plan)
         # Where the head learns by feedback: its last layer, and when weights are done with.
         self.last: Call | None = None
         self.order = Order()
+        self.residual: dict[str, Tensor] = {}
         self._known = list(module.modules())
         self._settled: tuple[Any, ...] | None = None  # circumstances that the plan was seen in
         self.moving: list[BufferSlot] = []
@@ -170,23 +170,22 @@ class Engine:
         buffers.restore()
         return output
 
-    def again(self, heard: Heard, listener: Listener) -> Any:
-        """The forward of a clean pass once more; buffers and generators stay as they are."""
+    def again(self, heard: Heard, here: slice, args: Any, kwargs: Any, listener: Listener) -> Any:
+        """The forward of a clean pass once more, or of some of its samples; buffers and generators
+        stay as they are."""
         device = self.session.device
         buffers, generator = BufferSnapshot(self.moving), None
         current = self.new_pass(CLEAN)
-        current.micro_batch, current.first, current.listener = (
-            heard.micro_batch,
-            heard.first,
-            listener,
-        )
+        current.micro_batch, current.listener = heard.micro_batch, listener
+        current.offset = here.start or 0
+        current.first = heard.first + current.offset
         if heard.generator is not None:
             generator = generator_state(device)
             set_generator_state(device, heard.generator)
         autocast, on = heard.autocast, heard.autocast is not None
         try:
             with torch.autocast(device.type, dtype=autocast, enabled=on):
-                return self._evaluate(current, heard.args, heard.kwargs)
+                return self._evaluate(current, args, kwargs)
         finally:
             buffers.restore()
             if generator is not None:
@@ -200,7 +199,7 @@ class Engine:
         if not isinstance(clean, Clean):
             return list(current.kept.values())
         device = self.session.device
-        if clean.last != self.last:
+        if clean.last != self.last:  # which None is where no layer of the head is called
             raise RuntimeError(
                 f"the last layer of the head that ran is {clean.last}, in the first forward it was "
                 f"{self.last}: learnt feedback needs the same order of layers in every step"
@@ -212,7 +211,7 @@ class Engine:
         at = (current.micro_batch, current.first, generator if drew else None)
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else None
-        return [Heard(args, kwargs, *at, dtype, outputs, clean.cut, clean.uses)]
+        return [Heard(args, kwargs, *at, dtype, outputs, clean.cut, clean.outer, current.batch)]
 
     @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]
     def _run(self, points: Points, args: Any, kwargs: Any) -> Any:
@@ -239,7 +238,7 @@ class Engine:
 
     def _listened(self, current: Pass) -> Pass:
         if self.feedback is not None:
-            current.listener = Clean(self.around, self.last)
+            current.listener = Clean(around(self.plan, self.cut), self.last)
         return current
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -282,6 +281,8 @@ class Engine:
         if not isinstance(current.listener, Clean):
             return True
         known, self.last = self.last, current.listener.last
+        if known != self.last:
+            self.order = Order()
         return known == self.last
 
     def new_pass(self, points: Points, watch: Watch | None = None) -> Pass:
@@ -347,7 +348,7 @@ class Engine:
         """Whether each weight of the head was read perturbed, and none as it is; else the plan
         changes."""
         wrong = watch.wrong(self.head)
-        if not wrong or not points.halves:
+        if not wrong or not (points.halves or self.feedback):
             return True
         name = min(wrong)
         self._promote(owner_of(self.plan, name), [name])

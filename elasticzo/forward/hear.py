@@ -10,6 +10,7 @@ from torch import Tensor
 from elasticzo.forward.engine import Engine
 from elasticzo.forward.listening import Heard, floats, rows
 from elasticzo.forward.noisy import Noisy
+from elasticzo.forward.plan import around
 
 COUNT = "steps"  # of `session.learnt`: how many have moved the matrices
 
@@ -24,28 +25,38 @@ def learn_by_feedback(
     of several are summed first. Of a skipped step (`found`) the matrices stay.
     """
     session, settings = engine.session, engine.feedback
-    assert settings is not None and engine.last is not None
+    assert settings is not None
     heard: list[Heard] = list(session.kept)
     gradients: dict[str, Tensor] = {}
     moves: dict[str, Tensor] = {}
+    left: dict[str, Tensor] = {}
     whole = torch.ones((), dtype=torch.bool, device=found.device)
     for one in heard:
         o, e = one.error()
         told = settings.sums(o, session.key, backend)
         if told is not None:
             o, e = o @ told, e @ told
-        of = (settings, session, backend, one, engine.last, engine.order, e)
-        noisy = Noisy(engine.around, *of, len(heard) == 1, take, gradients)
-        with noisy.segments():
-            found_again = floats(engine.again(one, noisy))
-        after = rows([found_again[i] for i in one.outputs])
-        change = (after if told is None else after @ told) - o
-        whole = whole & torch.isfinite(change).all()
-        for name, move, _ in noisy.answers(change):
-            moves[name] = moves[name] + move if name in moves else move
+        parts = list(one.parts(settings.parts))
+        alone = len(heard) * len(parts) == 1
+        for name, leaf in one.outer:  # what came after the last layer of the head is exact
+            if leaf.grad is not None:
+                gradients[name] = gradients.get(name, 0) + leaf.grad
+        for here, args, kwargs in parts if engine.last is not None else []:
+            of = (settings, session, backend, one, here, engine.last, engine.order, e[here])
+            noisy = Noisy(around(engine.plan, engine.cut), *of, alone, take, gradients)
+            with noisy.segments():
+                again = floats(engine.again(one, here, args, kwargs, noisy))
+            after = rows([again[i] for i in one.outputs])
+            change = (after if told is None else after @ told) - o[here]
+            whole = whole & torch.isfinite(change).all()
+            noisy.finish(change)
+            for name, move, squares in noisy.answers(change):
+                moves[name] = moves[name] + move if name in moves else move
+                left[name] = left[name] + squares if name in left else squares
     for name, u in gradients.items():
         take(name, u)
     _move(engine, moves, (found == 0) & whole)
+    engine.residual = {name: part / whole for name, (part, whole) in left.items()}
 
 
 def _move(engine: Engine, moves: dict[str, Tensor], goes: Tensor) -> None:

@@ -9,9 +9,10 @@ into gradients of its weights, which are used at once; its outputs get their noi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from elasticzo.forward.passes import Layer, Pass
 from elasticzo.head import HeadParameter
 
 Call = tuple[str, int]  # layer, which of its calls in a forward
+Leaves = list[tuple[str, Tensor]]  # weights by name
 Take = Callable[[str, Tensor], None]
 
 
@@ -37,12 +39,13 @@ class Heard:
     autocast: torch.dtype | None
     outputs: dict[int, Tensor]
     cut: list[Tensor]
-    uses: Counter[str]
+    outer: Leaves
+    samples: int | None
 
     def error(self) -> tuple[Tensor, Tensor]:
         """Outputs and the loss's gradient by them, `[B, outputs]` each."""
         given = [t for t in self.outputs.values() if t.grad is not None]
-        if not given or all(t.grad is None for t in self.cut):
+        if not given or all(t.grad is None for t in (*self.cut, *(w for _, w in self.outer))):
             raise RuntimeError(
                 "learnt feedback needs the gradient of the loss by the outputs: call "
                 "model.backward(losses) on a loss that can be differentiated before zo.step(losses)"
@@ -50,6 +53,22 @@ class Heard:
         outputs = list(self.outputs.values())
         errors = [torch.zeros_like(t) if t.grad is None else t.grad for t in outputs]
         return rows([t.detach() for t in outputs]), rows(errors)
+
+    def parts(self, count: int) -> Iterator[tuple[slice, Any, Any]]:
+        """(samples, their inputs) of so many parts of the batch; one where it cannot be cut."""
+        leaves = [t for t in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
+        size = self.samples or 0
+        can = self.generator is None and all(len(c) == size for c in self.cut)
+        can = can and all(t.dim() and len(t) == size for t in leaves)
+        step = -(-size // count) if can and size else max(size, 1)
+        for first in range(0, max(size, 1), step):
+            here = slice(first, min(first + step, size))
+            if step >= size:
+                yield slice(None), self.args, self.kwargs
+                continue
+            flat, spec = pytree.tree_flatten((self.args, self.kwargs))
+            flat = [t[here] if isinstance(t, Tensor) else t for t in flat]
+            yield here, *pytree.tree_unflatten(flat, spec)
 
 
 def rows(tensors: list[Tensor]) -> Tensor:
@@ -93,48 +112,77 @@ class Listener:
     """What stands between a layer of the head and its module while a pass runs.
 
     Attributes:
-        around: names of layers that have other layers of the head inside of them.
+        around: names of layers that have other layers of the head, or the tail, inside of them.
     """
 
     def __init__(self, around: set[str]) -> None:
         self.around = around
+        self.calls: Counter[str] = Counter()
 
     def __call__(
         self, current: Pass, layer: Layer, run: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
         raise NotImplementedError
 
+    def next_call(self, layer: Layer) -> Call:
+        self.calls[layer.name] += 1
+        return layer.name, self.calls[layer.name] - 1
+
 
 class Clean(Listener):
-    """Hears who ran, and makes the output of the last layer a leaf.
+    """Hears who runs, and makes the output of the last layer a leaf.
 
     Attributes:
         wanted: the call that was the last one in the first forward; None while that is not known.
+        last: the one that was the last now.
+        outer: weights of modules around as leaves: what comes after the last layer is exact.
     """
 
     def __init__(self, around: set[str], wanted: Call | None) -> None:
         super().__init__(around)
-        self.wanted = wanted
+        self.wanted, self.last = wanted, cast(Call | None, None)
         self.cut: list[Tensor] = []
-        self.ran: list[Call] = []
-        self.uses: Counter[str] = Counter()
-
-    @property
-    def last(self) -> Call | None:
-        return self.ran[-1] if self.ran else None
+        self.outer: Leaves = []
 
     def __call__(
         self, current: Pass, layer: Layer, run: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
-        output = run(*args, **kwargs)
-        self.uses.update(head.name for *_, head in parameters_of(layer))
         if layer.name in self.around:
+            with opened(current, layer) as leaves:
+                self.outer += leaves
+                return run(*args, **kwargs)
+        args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+        output = run(*args, **kwargs)
+        self.last = self.next_call(layer)
+        if self.last != self.wanted:
             return output
-        call = (layer.name, sum(name == layer.name for name, _ in self.ran))
-        self.ran.append(call)
-        if call != self.wanted:
-            return output
-        leaves, spec = pytree.tree_flatten(output)
-        leaves = [t.detach().requires_grad_() if is_float(t) else t for t in leaves]
-        self.cut = floats(leaves)
-        return pytree.tree_unflatten(leaves, spec)
+        flat, spec = pytree.tree_flatten(output)
+        flat = [t.detach().requires_grad_() if is_float(t) else t for t in flat]
+        self.cut = floats(flat)
+        return pytree.tree_unflatten(flat, spec)
+
+
+@contextmanager
+def opened(current: Pass, layer: Layer) -> Iterator[Leaves]:
+    """The weights of a layer as leaves while it reads them."""
+    put_back, leaves = [], []
+    for module, local, head in parameters_of(layer):
+        p = module._parameters[local]
+        # Of its data: a weight that moves leaves what other segments have saved of it usable.
+        with current.unwatched():
+            leaf = p.data.requires_grad_(head.scale != 0.0)
+        module._parameters[local] = leaf
+        if current.watch is not None:
+            current.watch.swap(leaf, head, head.name in current.watch.consumed)
+        current.swapped.add((id(module), local))
+        put_back.append((module, local, p))
+        if head.scale != 0.0:
+            leaves.append((head.name, leaf))
+    try:
+        yield leaves
+    finally:
+        for module, local, p in put_back:
+            module._parameters[local] = p
+            current.swapped.discard((id(module), local))
+        for module in {m for m, *_ in put_back if isinstance(m, torch.nn.RNNBase)}:
+            module._init_flat_weights()

@@ -11,7 +11,8 @@ kink between them and what comes after.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,13 +24,21 @@ from torch.utils import _pytree as pytree
 
 from elasticzo.feedback import Feedback
 from elasticzo.forward.layers.norms import NORMS
-from elasticzo.forward.listening import Call, Heard, Listener, Order, floats, parameters_of
+from elasticzo.forward.listening import (
+    Call,
+    Heard,
+    Leaves,
+    Listener,
+    Order,
+    floats,
+    opened,
+    parameters_of,
+)
 from elasticzo.forward.passes import Layer, Pass
 from elasticzo.head import HeadParameter
 from elasticzo.session import Session
 
 Take = Callable[[str, Tensor], None]
-Leaves = list[tuple[str, Tensor]]
 
 
 @dataclass
@@ -52,7 +61,8 @@ class Noisy(Listener):
     """Learns from the error of each segment, and adds noise to its nodes.
 
     Attributes:
-        error: `[B, outputs]`, as the matrices are told of it.
+        here: which samples of the forward run. error: theirs, `[B, outputs]`, as the matrices are
+            told of it.
         alone: whether this is the step's only micro-batch, so that weights move at once.
         gradients: those that wait, by name.
     """
@@ -62,7 +72,8 @@ class Noisy(Listener):
     session: Session
     backend: str
     heard: Heard
-    last: Call
+    here: slice
+    last: Call | None
     order: Order
     error: Tensor
     alone: bool
@@ -72,17 +83,28 @@ class Noisy(Listener):
 
     def __post_init__(self) -> None:
         self._leaves: Leaves = []  # of segments that have not ended
-        self._calls: dict[str, int] = {}
+        self._waiting: list[tuple[Nodes, Tensor, Leaves]] = []  # for the noise's own answer
+        self.calls = Counter()
         self._ends = 0
         self._fresh: list[weakref.ref[Tensor]] = []  # what the last layer returned
         self._ended: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}  # what is read instead
 
     @contextmanager
     def segments(self) -> Iterator[None]:
-        """While a pass runs; gradients that no end took are taken afterwards."""
+        """While a pass runs."""
         with torch.enable_grad(), _Instead(self):
             yield
-        self.order.known = True
+
+    def finish(self, change: Tensor) -> None:
+        """The pass is over, and changed the outputs by this: what waited for it is done, and
+        gradients that no end took are taken."""
+        for nodes, t, leaves in self._waiting:
+            m, xi = self.error @ self.session.learnt[nodes.key].t(), self._xi(nodes)
+            c = (change * self.error).sum(1) / nodes.size
+            d = m + (c - (xi * m).sum(1)).unsqueeze(1) * xi
+            self._add(leaves, _gradients([t], leaves, [d.view(t.shape)], retain=True))
+        self._waiting.clear()
+        self.order.known = not self.settings.unbiased
         if self.alone:
             for name in list(self.gradients):
                 self.take(name, self.gradients.pop(name))
@@ -90,12 +112,12 @@ class Noisy(Listener):
     def __call__(
         self, current: Pass, layer: Layer, run: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
-        call = (layer.name, self._calls.get(layer.name, 0))
-        self._calls[layer.name] = call[1] + 1
+        call = self.next_call(layer)
         around = layer.name in self.around
         if not around and not self._goes_on(layer, args):
             args, kwargs = self._end_inputs(layer, call, args, kwargs)
-        with self._open(current, layer):
+        with opened(current, layer) as leaves:
+            self._leaves += leaves
             output = run(*args, **kwargs)
         if around:
             return output
@@ -106,28 +128,6 @@ class Noisy(Listener):
         """Normalisation of just what a layer returned belongs to its segment."""
         fresh = [ref() for ref in self._fresh]
         return isinstance(layer.module, NORMS) and bool(args) and any(args[0] is t for t in fresh)
-
-    @contextmanager
-    def _open(self, current: Pass, layer: Layer) -> Iterator[None]:
-        """The weights of a layer as leaves while it reads them."""
-        put_back = []
-        for module, local, head in parameters_of(layer):
-            p = module._parameters[local]
-            # Of its data: a weight that moves leaves what other segments have saved of it usable.
-            leaf = p.data.requires_grad_(head.scale != 0.0)
-            module._parameters[local] = leaf
-            current.swapped.add((id(module), local))
-            put_back.append((module, local, p))
-            if head.scale != 0.0:
-                self._leaves.append((head.name, leaf))
-        try:
-            yield
-        finally:
-            for module, local, p in put_back:
-                module._parameters[local] = p
-                current.swapped.discard((id(module), local))
-            for module in {m for m, *_ in put_back if isinstance(m, torch.nn.RNNBase)}:
-                module._init_flat_weights()
 
     # ---- ends of segments
 
@@ -151,9 +151,14 @@ class Noisy(Listener):
         for place, t in enumerate({id(t): t for t in read if t.requires_grad}.values()):
             if t.dim() and t.shape[0] % batch == 0:
                 done[id(t)] = self._end(layer, call, place, t)
-                self._ended[id(t)] = (weakref.ref(t), done[id(t)])
+                self._replace(t, done[id(t)])
         args, kwargs = pytree.tree_map(lambda t: done.get(id(t), t), (args, kwargs))
         return args, kwargs
+
+    def _replace(self, t: Tensor, other: Tensor) -> None:
+        """From now on `other` is read where `t` is, as long as someone holds that."""
+        at = id(t)
+        self._ended[at] = (weakref.ref(t, lambda _: self._ended.pop(at, None)), other)
 
     def _end(self, layer: Layer, call: Call, place: int, t: Tensor) -> Tensor:
         head = parameters_of(layer)[0][2]
@@ -163,20 +168,23 @@ class Noisy(Listener):
             return still
         flat = still.reshape(len(self.error), -1)
         m = self._matrix(key, head, flat.shape[1])
-        self._learn([t], [(self.error @ m.t()).view(t.shape)])
+        if not self.settings.unbiased:
+            self._learn([t], [(self.error @ m.t()).view(t.shape)])
         if self.settings.matrix != "learnt":
             return still
         wide = flat.to(self.error.dtype)
         size = self.settings.noise * wide.square().mean().sqrt()
         nodes = Nodes(key, head, (call[1] << 8) + place, flat.shape, size)
         self.noised.append(nodes)
+        if self.settings.unbiased:
+            self._waiting.append((nodes, t, list(self._leaves)))
         return still + (self._xi(nodes) * size).view(t.shape).to(t.dtype)
 
     def _cut(self, output: Any) -> Any:
         """The end of the head: its error is exact, and nothing is noised."""
         flat, spec = pytree.tree_flatten(output)
-        pairs = zip(floats(flat), self.heard.cut, strict=True)
-        known = [(t, c.grad) for t, c in pairs if c.grad is not None and t.requires_grad]
+        pairs = zip(floats(flat), (c.grad for c in self.heard.cut), strict=True)
+        known = [(t, d[self.here]) for t, d in pairs if d is not None and t.requires_grad]
         if known:
             self._learn(*([list(side) for side in zip(*known, strict=True)]))
         torch.set_grad_enabled(False)  # until the pass is over
@@ -185,20 +193,22 @@ class Noisy(Listener):
     def _learn(self, tensors: list[Tensor], errors: list[Any]) -> None:
         """Errors of the end of a segment to gradients of its weights, by its own backward."""
         end, self._ends = self._ends, self._ends + 1
-        leaves = [w for _, w in self._leaves]
-        errors = [d.to(t.dtype) for t, d in zip(tensors, errors, strict=True)]
         last = self.order.last
         left = not self.order.known or any(last.get(n, -1) > end for n, _ in self._leaves)
-        found = torch.autograd.grad(tensors, leaves, errors, retain_graph=left, allow_unused=True)
+        names = self._add(self._leaves, _gradients(tensors, self._leaves, errors, retain=left))
+        self.order.note(names, end)
+        if self.order.known:
+            self._close(end)
+
+    def _add(self, leaves: Leaves, found: Sequence[Tensor | None]) -> list[str]:
+        """To what is known of the weights; their names."""
         names = []
-        for (name, _), g in zip(self._leaves, found, strict=True):
+        for (name, _), g in zip(leaves, found, strict=True):
             if g is not None:
                 old = self.gradients.get(name)
                 self.gradients[name] = g if old is None else old + g
                 names.append(name)
-        self.order.note(names, end)
-        if self.order.known:
-            self._close(end)
+        return names
 
     def _close(self, end: int | None = None) -> None:
         """Let go of weights that nothing more will be learnt of, and move them."""
@@ -224,7 +234,8 @@ class Noisy(Listener):
         return found
 
     def _xi(self, one: Nodes) -> Tensor:
-        at = (one.head, one.shape, self.session.key, one.stream, self.heard.first, self.backend)
+        first = self.heard.first + (self.here.start or 0)
+        at = (one.head, one.shape, self.session.key, one.stream, first, self.backend)
         return self.settings.xi(*at).to(self.error.dtype)
 
     def answers(self, change: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -237,6 +248,14 @@ class Noisy(Listener):
             foretold = ((xi @ self.session.learnt[one.key]) * self.error).sum(1)
             squares = torch.stack([(c - foretold).square().sum(), c.square().sum()])
             yield one.key, xi.t() @ answer, squares
+
+
+def _gradients(
+    tensors: list[Tensor], leaves: Leaves, errors: list[Any], retain: bool
+) -> Sequence[Tensor | None]:
+    errors = [d.to(t.dtype) for t, d in zip(tensors, errors, strict=True)]
+    at = [w for _, w in leaves]
+    return torch.autograd.grad(tensors, at, errors, retain_graph=retain, allow_unused=True)
 
 
 class _Instead(TorchFunctionMode):

@@ -207,13 +207,14 @@ def _all_by_feedback(plan: Plan, head: Head, wanted: Mapping[str, str]) -> None:
         layer.kind = Kind("feedback")
 
 
-def around(plan: Plan) -> set[str]:
-    """Names of layers with weights of the head that have others inside of them."""
+def around(plan: Plan, cut: Cut) -> set[str]:
+    """Names of layers with weights of the head that have others, or the tail, inside of them."""
     names = [name for name, layer in plan.layers.items() if layer.head or layer.swaps]
+    inside = [*names, *cut.tail_parameters]
     return {
         name
         for name in names
-        for other in names
+        for other in inside
         if other != name and (not name or other.startswith(f"{name}."))
     }
 
