@@ -31,8 +31,8 @@ from elasticzo.feedback import Feedback
 from elasticzo.forward.halves import NotByHalf, NotBySample, UsesGenerator, each_half, run_stacked
 from elasticzo.forward.layers.sequence import run_sequence
 from elasticzo.forward.listening import Call, Clean, Heard, Listener, Order, floats
-from elasticzo.forward.passes import Layer, Pass
-from elasticzo.forward.plan import around, build_plan, learn_by, owner_of, promote
+from elasticzo.forward.passes import Layer, Pass, learn_by
+from elasticzo.forward.plan import around, build_plan, owner_of, promote
 from elasticzo.forward.precision import compute_dtype, parse_compute_dtype
 from elasticzo.forward.staging import Staging
 from elasticzo.forward.trees import (
@@ -263,7 +263,7 @@ class Engine:
                     session.note_forward(current.batch, kept)
                     return output
             except NotBySample as problem:
-                learn_by(self.head, problem.layer, Kind("weight", problem.why))
+                learn_by(self.head.kinds, problem.layer, Kind("weight", problem.why))
             except NotByHalf as problem:
                 self._promote(problem.layer.name, [h.name for *_, h in problem.layer.swaps])
             except UsesGenerator:

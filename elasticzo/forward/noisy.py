@@ -84,7 +84,7 @@ class Noisy(Listener):
     def __post_init__(self) -> None:
         self._leaves: Leaves = []  # of segments that have not ended
         self._waiting: list[tuple[Nodes, Tensor, Leaves]] = []  # for the noise's own answer
-        self.calls = Counter()
+        self.calls, self._streams = Counter(), Counter[str]()
         self._ends = 0
         self._fresh: list[weakref.ref[Tensor]] = []  # what the last layer returned
         self._ended: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}  # what is read instead
@@ -174,7 +174,8 @@ class Noisy(Listener):
             return still
         wide = flat.to(self.error.dtype)
         size = self.settings.noise * wide.square().mean().sqrt()
-        nodes = Nodes(key, head, (call[1] << 8) + place, flat.shape, size)
+        nodes = Nodes(key, head, self._streams[head.name], flat.shape, size)
+        self._streams[head.name] += 1  # layers that share the weight count together
         self.noised.append(nodes)
         if self.settings.unbiased:
             self._waiting.append((nodes, t, list(self._leaves)))

@@ -30,6 +30,7 @@ class Layer:
         path: of products, "auto", "fused" or "staged", as the user wants.
         fusable: whether it has a fused kernel.
         kind: by whose noise its weights are learnt.
+        partners: layers that read one of its weights, too: they have its kind.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Layer:
     path: str = "auto"
     fusable: bool = False
     kind: Kind = WEIGHT
+    partners: list[Layer] = field(default_factory=list)
 
 
 @dataclass
@@ -60,13 +62,17 @@ class Kept:
     """What a layer keeps of a forward for the step: the mean of its inputs over the points.
 
     Attributes:
-        call: which of its calls in this forward. first: the number of its first sample.
+        call: which call in this forward of those that have this noise. first: the number of its
+            first sample.
+        head: whose noise the outputs have. own: its weights that learn by it, by local name.
         shape: of its outputs, of all samples `[B, ...]`.
     """
 
     layer: Layer
     call: int
     first: int
+    head: HeadParameter
+    own: dict[str, HeadParameter]
     shape: torch.Size
     x: Tensor
 
@@ -170,8 +176,7 @@ class Pass:
 
     def settle(self, layer: Layer, kind: Kind) -> None:
         """What "auto" came to."""
-        layer.kind = kind
-        self.kinds.update(dict.fromkeys((h.name for h in layer.head.values()), kind))
+        learn_by(self.kinds, layer, kind)
 
     @contextmanager
     def unwatched(self) -> Iterator[None]:
@@ -200,8 +205,16 @@ class Pass:
         stacked, version, half = self.batched.get(id(x), (None, 0, None))
         return half if stacked is x and x._version == version else None
 
-    def next_call(self, module: nn.Module) -> int:
-        """How often `module` was called before in this half: distinguishes reused modules."""
-        at = (id(module), self.half)
+    def next_call(self, of: object) -> int:
+        """How often this was called before in this half: distinguishes reused modules."""
+        at = (id(of), self.half)
         self.calls[at] = self.calls.get(at, -1) + 1
         return self.calls[at]
+
+
+def learn_by(kinds: dict[str, Kind], layer: Layer, kind: Kind) -> None:
+    """From now on the weights of a layer, and of those that share one with it, are learnt by noise
+    of this kind."""
+    for one in [layer, *layer.partners]:
+        one.kind = kind
+        kinds.update(dict.fromkeys((h.name for h in one.head.values()), kind))
