@@ -242,7 +242,10 @@ class Session:
 
     def __getstate__(self) -> dict[str, Any]:
         self.flush()
-        return {**self.__dict__, "pending": None}
+        state = {**self.__dict__, "pending": None}
+        if self.kept:  # what layers keep of a forward is of this model alone: a copy begins anew
+            state |= {**FLAGS, "found": torch.zeros_like(self.found)}
+        return state
 
 
 REPLACED = (

@@ -143,6 +143,8 @@ class ElasticZO(ZOModule):
         if isinstance(tail, str) and tail == "auto":
             given = {**how, "eps": eps, "compute_dtype": compute_dtype, "estimator": self.estimator}
             given |= {"directions": directions, "group": group}
+            if isinstance(settings, Feedback):
+                given |= {"directions": settings, "estimator": None}
             assert memory_budget is not None
             wanted = (memory_budget, example_input, state_tensors)
             self.fitted, scale, path = fit_tail(ElasticZO, model, *wanted, scale, path, given)

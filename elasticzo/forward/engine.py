@@ -30,7 +30,7 @@ from elasticzo.directions import Direction
 from elasticzo.feedback import Feedback
 from elasticzo.forward.halves import NotByHalf, NotBySample, UsesGenerator, each_half, run_stacked
 from elasticzo.forward.layers.sequence import run_sequence
-from elasticzo.forward.listening import Call, Clean, Heard, Listener, Order, floats
+from elasticzo.forward.listening import Clean, Heard, Instead, Listener, Order, floats, versions
 from elasticzo.forward.passes import Layer, Pass, learn_by
 from elasticzo.forward.plan import around, build_plan, owner_of, promote
 from elasticzo.forward.precision import compute_dtype, parse_compute_dtype
@@ -96,9 +96,7 @@ class Engine:
                 f"batch_first=False: {', '.join(self.plan.sequence_first)}; use "
                 "pairing='sequential'"
             )
-        # Where the head learns by feedback: its last layer, and when weights are done with.
-        self.last: Call | None = None
-        self.order = Order()
+        self.order = Order()  # of learnt feedback: when a step is done with weights
         self.residual: dict[str, Tensor] = {}
         self._known = list(module.modules())
         self._settled: tuple[Any, ...] | None = None  # circumstances that the plan was seen in
@@ -191,27 +189,38 @@ class Engine:
             if generator is not None:
                 set_generator_state(device, generator)
 
-    def _heard(
+    def _kept(
         self, current: Pass, args: Any, kwargs: Any, output: Any, generator: Any
-    ) -> list[Any]:
-        """What a training forward leaves for the step."""
+    ) -> tuple[Any, list[Any]]:
+        """The output, and what a training forward leaves for the step."""
         clean = current.listener
         if not isinstance(clean, Clean):
-            return list(current.kept.values())
-        device = self.session.device
-        if clean.last != self.last:  # which None is where no layer of the head is called
-            raise RuntimeError(
-                f"the last layer of the head that ran is {clean.last}, in the first forward it was "
-                f"{self.last}: learnt feedback needs the same order of layers in every step"
+            return output, list(current.kept.values())
+        if current.batch is None or any(t.shape[1:2] != (current.batch,) for t in floats(output)):
+            shapes = [list(t.shape[1:]) for t in floats(output)]
+            raise ValueError(
+                f"learnt feedback needs outputs whose dimension 0 is the batch ({current.batch}), "
+                f"got shapes {shapes}"
             )
-        outputs = {i: t for i, t in enumerate(floats(output)) if t.requires_grad}
-        for t in outputs.values():
-            t.retain_grad()
+        output, outputs = clean.outputs(output)
+        device = self.session.device
         drew = not torch.equal(generator, generator_state(device))
-        at = (current.micro_batch, current.first, generator if drew else None)
-        autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else None
-        return [Heard(args, kwargs, *at, dtype, outputs, clean.cut, clean.outer, current.batch)]
+        on = torch.is_autocast_enabled(device.type)
+        heard = Heard(
+            args=args,
+            kwargs=kwargs,
+            versions=versions((args, kwargs)),
+            micro_batch=current.micro_batch,
+            first=current.first,
+            samples=current.batch,
+            generator=generator if drew else None,
+            autocast=torch.get_autocast_dtype(device.type) if on else None,
+            modes=tuple(m.training for m in self._known),
+            outputs=outputs,
+            cut=clean.cut,
+            outer=clean.outer,
+        )
+        return output, [heard]
 
     @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]
     def _run(self, points: Points, args: Any, kwargs: Any) -> Any:
@@ -219,8 +228,8 @@ class Engine:
         if session.before is None:
             session.before = BufferSnapshot(self.moving)
         try:
-            generator = generator_state(session.device)
-            current = self._listened(self.new_pass(points))
+            generator = generator_state(session.device) if self.feedback else None
+            current = self._listened(self.new_pass(points), args, kwargs)
             output = self._evaluate(current, args, kwargs)
             session.flush()  # what this forward did not read
         except NotBySample as problem:
@@ -233,12 +242,13 @@ class Engine:
             self.mixes_generator = True
             session.before.restore()
             raise RuntimeError(f"{DRAWS}; it did not before: repeat this step") from None
-        session.note_forward(current.batch, self._heard(current, args, kwargs, output, generator))
+        output, kept = self._kept(current, args, kwargs, output, generator)
+        session.note_forward(current.batch, kept)
         return output
 
-    def _listened(self, current: Pass) -> Pass:
+    def _listened(self, current: Pass, args: Any, kwargs: Any) -> Pass:
         if self.feedback is not None:
-            current.listener = Clean(around(self.plan, self.cut), self.last)
+            current.listener = Clean(around(self.plan, self.cut), (args, kwargs))
         return current
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -253,13 +263,13 @@ class Engine:
             watch = Watch(self.head)
             try:
                 with watch.over(self.module, self.cut.tail_parameters):
-                    current = self._listened(self.new_pass(points, watch))
+                    current = self._listened(self.new_pass(points, watch), args, kwargs)
                     output = self._evaluate(current, args, kwargs)
-                if self._settles(watch, points) and self._heard_last(current):
+                if self._settles(watch, points):
                     self.settle(snapshot.moved())
                     if session.before is None:
                         session.before = snapshot.only(self.moving)
-                    kept = self._heard(current, args, kwargs, output, generator)
+                    output, kept = self._kept(current, args, kwargs, output, generator)
                     session.note_forward(current.batch, kept)
                     return output
             except NotBySample as problem:
@@ -275,15 +285,6 @@ class Engine:
             snapshot.restore()
             set_generator_state(device, generator)
         raise AssertionError("the plan of the model did not settle")
-
-    def _heard_last(self, current: Pass) -> bool:
-        """Whether it is known which layer of the head is the last."""
-        if not isinstance(current.listener, Clean):
-            return True
-        known, self.last = self.last, current.listener.last
-        if known != self.last:
-            self.order = Order()
-        return known == self.last
 
     def new_pass(self, points: Points, watch: Watch | None = None) -> Pass:
         """The state of a forward that evaluates these points."""
@@ -308,11 +309,14 @@ class Engine:
     def _evaluate(self, current: Pass, args: Any, kwargs: Any) -> Any:
         n, self.current = current.halves, current
         current.batch = samples_of((args, kwargs))
-        with self._taken_over(current):
+        with ExitStack() as stack:
+            stack.enter_context(self._taken_over(current))
             if self.effective_pairing == "stacked" and n > 1:
                 stacked, current.unbatched, current.batched = stack_inputs((args, kwargs), n)
                 return unstack_outputs(run_stacked(self.module, current, *stacked), n)
             inputs = InputsStay((strip(args), strip(kwargs)))
+            if isinstance(current.listener, Clean):
+                stack.enter_context(Instead(current.listener))
             outputs = each_half(current, self.moving, lambda half: inputs.run(self.module, half))
             return join(outputs, stack_leaves)
 
@@ -332,6 +336,12 @@ class Engine:
                 module = layer.module
                 patched.append((module, module.__dict__.get("forward")))
                 module.__dict__["forward"] = partial(call, current, layer, module.forward)
+            if current.listener is not None:
+                for name in {n.rpartition(".")[0] for n in self.cut.tail_parameters}:
+                    module = self.module.get_submodule(name)
+                    patched.append((module, module.__dict__.get("forward")))
+                    run = partial(_call_tail, current.listener, name, module.forward)
+                    module.__dict__["forward"] = run
             yield
 
     def _hand_back(self, patched: Sequence[tuple[nn.Module, Any]]) -> None:
@@ -378,7 +388,11 @@ def _call(
     def run(*args: Any, **kwargs: Any) -> Any:
         return layer.call(current, layer, forward, args, kwargs)
 
-    return current.listener(current, layer, run, args, kwargs)
+    return current.listener.layer(current, layer, run, args, kwargs)
+
+
+def _call_tail(listener: Listener, name: str, run: Any, *args: Any, **kwargs: Any) -> Any:
+    return listener.tail(name, run, args, kwargs)
 
 
 _call_untraced: Callable[..., Any] = torch.compiler.disable(_call)  # type: ignore[no-untyped-call]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from elasticzo.forward.engine import Engine
-from elasticzo.forward.listening import Heard, floats, rows
+from elasticzo.forward.listening import Heard, rows
 from elasticzo.forward.noisy import Noisy
 from elasticzo.forward.plan import around
 
@@ -27,6 +28,12 @@ def learn_by_feedback(
     session, settings = engine.session, engine.feedback
     assert settings is not None
     heard: list[Heard] = list(session.kept)
+    try:
+        for one in heard:
+            one.check(list(engine.module.modules()))
+    except RuntimeError:
+        session.forget()  # the next step begins with its own forward
+        raise
     gradients: dict[str, Tensor] = {}
     moves: dict[str, Tensor] = {}
     left: dict[str, Tensor] = {}
@@ -38,15 +45,13 @@ def learn_by_feedback(
             o, e = o @ told, e @ told
         parts = list(one.parts(settings.parts))
         alone = len(heard) * len(parts) == 1
-        for name, leaf in one.outer:  # what came after the last layer of the head is exact
+        for name, leaf in one.outer:  # of what comes after the cut
             if leaf.grad is not None:
                 gradients[name] = gradients.get(name, 0) + leaf.grad
-        for here, args, kwargs in parts if engine.last is not None else []:
-            of = (settings, session, backend, one, here, engine.last, engine.order, e[here])
-            noisy = Noisy(around(engine.plan, engine.cut), *of, alone, take, gradients)
-            with noisy.segments():
-                again = floats(engine.again(one, here, args, kwargs, noisy))
-            after = rows([again[i] for i in one.outputs])
+        for here, args, kwargs in parts:
+            of = (settings, session, backend, one, here, engine.order, e[here], alone)
+            noisy = Noisy(around(engine.plan, engine.cut), *of, take, gradients)
+            after = rows(noisy.run(partial(engine.again, one, here, args, kwargs, noisy)))
             change = (after if told is None else after @ told) - o[here]
             whole = whole & torch.isfinite(change).all()
             noisy.finish(change)

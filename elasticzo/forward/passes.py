@@ -108,7 +108,7 @@ class Pass:
     first: int = 0
     offset: int = 0  # of the first sample in its forward, where a part of it runs again
     kept: dict[tuple[str, int], Kept] = field(default_factory=dict)
-    listener: Callable[..., Any] | None = None  # of learnt feedback: stands before each layer
+    listener: Any = None  # of learnt feedback: stands before each layer
 
     @property
     def key(self) -> Tensor:

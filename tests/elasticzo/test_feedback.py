@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 
 from elasticzo import ZOSGD, ElasticZO, TrajectoryLog, capture_step, pair_losses, replay
 from elasticzo.feedback import Feedback
-from elasticzo.forward.listening import Call
 from elasticzo.memory import inference_memory, training_memory
 from elasticzo.models import LeNet5, ResNet20
 from elasticzo.optim import ZOAdam
@@ -406,7 +406,7 @@ def test_parts_of_the_batch_are_the_batch(name: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_the_last_layer_must_stay_the_last() -> None:
+def test_layers_must_keep_their_order() -> None:
     class Turns(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -425,6 +425,78 @@ def test_the_last_layer_must_stay_the_last() -> None:
     step(model, (torch.randn(B, 3),), zo)
     net.turned = True
     with pytest.raises(RuntimeError, match="same order"):
-        model(torch.randn(B, 3))
-    wanted: Call = ("b", 0)
-    assert model.engine.last == wanted
+        step(model, (torch.randn(B, 3),), zo)
+
+
+class Branches(nn.Module):
+    """The head ends in a sum of two layers, and one of its activations is read beside the tail."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 5), nn.Linear(5, 3), nn.Linear(5, 3)
+        self.tail = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.tanh(self.a(x))
+        s = torch.tanh(self.b(h)) + self.c(h)
+        return self.tail(s) + s, s
+
+
+def test_the_head_may_end_in_branches() -> None:
+    """All weights of the last segment have their exact gradient, whichever layer is called last,
+    and from whatever reads the cut: the tail, a skip past it, the outputs."""
+    torch.manual_seed(0)
+    net, x = Branches().double(), torch.randn(B, 4, dtype=torch.float64)
+    model = wrapped(copy.deepcopy(net), noise=1e-12)
+
+    def loss(out: tuple[Tensor, Tensor]) -> Tensor:
+        return smooth_loss(out[0]) + out[1].square().sum()
+
+    loss(net(x)).backward()
+    before = {n: p.clone() for n, p in model.named_head_parameters()}
+    step(model, (x,), ZOSGD(model, lr=1.0), loss)
+    for n, p in model.named_head_parameters():
+        if n[0] != "a":
+            torch.testing.assert_close(before[n] - p, net.get_parameter(n).grad, msg=n)
+    torch.testing.assert_close(model.module.tail.weight.grad, net.tail.weight.grad)
+
+
+def test_what_would_be_another_network_is_refused() -> None:
+    x = torch.randn(B, 4)
+    model = wrapped(Plain())
+    zo = ZOSGD(model, lr=0.1)
+
+    def until_step(after: Callable[[], Any]) -> Tensor:
+        losses = pair_losses(smooth_loss, model(x))
+        model.backward(losses)
+        after()
+        return losses
+
+    losses = until_step(lambda: x.mul_(2.0))
+    with pytest.raises(RuntimeError, match="memory of its own"):
+        zo.step(losses)
+    losses = until_step(model.eval)
+    with pytest.raises(RuntimeError, match="switched"):
+        zo.step(losses)
+    model.train()
+    step(model, (x,), zo)  # what was refused is forgotten
+    twin = copy.deepcopy(model)
+    step(twin, (x,), ZOSGD(twin, lr=0.1))
+    losses = until_step(lambda: None)
+    with pytest.raises(RuntimeError, match="without a training forward"):
+        ZOSGD(copy.deepcopy(model), lr=0.1).step(losses)
+    pickle.loads(pickle.dumps(model))
+    dead = wrapped(
+        nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3), nn.Linear(3, 2)), ["3"]
+    )
+    nn.init.constant_(dead.module[0].bias, -1e3)
+    step(dead, (x,), ZOSGD(dead, lr=0.1))
+    assert all(m.isfinite().all() and m.abs().max() < 1e3 for m in dead.session.learnt.values())
+    flat = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 1), nn.Flatten(0))
+    with pytest.raises(ValueError, match="dimension 0"):
+        wrapped(nn.Sequential(flat, Sum()), ["0.1"])(x)
+
+
+class Sum(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sum()
