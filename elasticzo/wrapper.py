@@ -122,14 +122,17 @@ class ElasticZO(ZOModule):
         flush_others(model)
         self.module = model
         self.register_load_state_dict_post_hook(loaded)  # type: ignore[no-untyped-call]
-        settings = Feedback() if directions == "feedback" else directions
+        by_name = isinstance(directions, Mapping) and "feedback" in directions.values()
+        settings = Feedback() if directions == "feedback" or by_name else directions
         if isinstance(settings, Feedback):
-            if estimator is not None or queries != 1:
+            if (estimator, queries, noise, group) != (None, 1, None, 1):
                 raise ValueError(
                     "learnt feedback is an estimator of its own, a clean and a noisy pass: got "
-                    f"estimator={estimator!r} and queries={queries!r} beside it"
+                    f"estimator={estimator!r}, queries={queries!r}, noise={noise!r} and "
+                    f"group={group!r} beside it"
                 )
-            estimator, directions = by_feedback(settings), "feedback"
+            estimator = by_feedback(settings)
+            directions = directions if by_name else "feedback"
         if estimator is None:
             estimator = spsa(queries, noise or "normal")
         samples = Samples(noise or "rademacher", group)

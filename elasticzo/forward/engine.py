@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from elasticzo.buffers import (
     BufferSlot,
@@ -172,6 +173,7 @@ class Engine:
         """The forward of a clean pass once more, or of some of its samples; buffers and generators
         stay as they are."""
         device = self.session.device
+        args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
         buffers, generator = BufferSnapshot(self.moving), None
         current = self.new_pass(CLEAN)
         current.micro_batch, current.listener = heard.micro_batch, listener
@@ -209,7 +211,7 @@ class Engine:
         heard = Heard(
             args=args,
             kwargs=kwargs,
-            versions=versions((args, kwargs)),
+            versions=versions((args, kwargs, outputs)),
             micro_batch=current.micro_batch,
             first=current.first,
             samples=current.batch,

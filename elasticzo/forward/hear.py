@@ -34,6 +34,11 @@ def learn_by_feedback(
     except RuntimeError:
         session.forget()  # the next step begins with its own forward
         raise
+    scales = {name: one.scale**2 for name, one in engine.head.parameters.items()}
+
+    def scaled(name: str, u: Tensor) -> None:
+        take(name, u if scales[name] == 1.0 else u * scales[name])
+
     gradients: dict[str, Tensor] = {}
     moves: dict[str, Tensor] = {}
     left: dict[str, Tensor] = {}
@@ -50,7 +55,7 @@ def learn_by_feedback(
                 gradients[name] = gradients.get(name, 0) + leaf.grad
         for here, args, kwargs in parts:
             of = (settings, session, backend, one, here, engine.order, e[here], alone)
-            noisy = Noisy(around(engine.plan, engine.cut), *of, take, gradients)
+            noisy = Noisy(around(engine.plan, engine.cut), *of, scaled, gradients)
             after = rows(noisy.run(partial(engine.again, one, here, args, kwargs, noisy)))
             change = (after if told is None else after @ told) - o[here]
             whole = whole & torch.isfinite(change).all()
@@ -59,12 +64,13 @@ def learn_by_feedback(
                 moves[name] = moves[name] + move if name in moves else move
                 left[name] = left[name] + squares if name in left else squares
     for name, u in gradients.items():
-        take(name, u)
-    _move(engine, moves, (found == 0) & whole)
+        scaled(name, u)
+    samples = sum(one.samples for one in heard)
+    _move(engine, moves, samples, (found == 0) & whole)
     engine.residual = {name: part / whole for name, (part, whole) in left.items()}
 
 
-def _move(engine: Engine, moves: dict[str, Tensor], goes: Tensor) -> None:
+def _move(engine: Engine, moves: dict[str, Tensor], samples: int, goes: Tensor) -> None:
     """`M <- (1 - beta) M + beta / B sum`, where the step is not skipped."""
     session, settings = engine.session, engine.feedback
     assert settings is not None
@@ -76,6 +82,6 @@ def _move(engine: Engine, moves: dict[str, Tensor], goes: Tensor) -> None:
     beta = settings.weight(steps)
     for name, move in moves.items():
         m = session.learnt[name]
-        new = m.lerp(move.to(m.dtype) / session.samples, beta.to(m.dtype))
-        m.copy_(torch.where(goes, new, m))
+        new = m.lerp(move.to(m.dtype) / samples, beta.to(m.dtype))
+        m.copy_(torch.where(goes & torch.isfinite(new).all(), new, m))
     steps.add_(goes.to(steps.dtype))

@@ -46,6 +46,8 @@ def _of_nodes(
 ) -> Iterator[tuple[str, Tensor]]:
     """Weights that several layers, calls or micro-batches read have the sum of theirs."""
     kept: list[Kept] = list(session.kept)
+    for one in kept:
+        one.check()
     to_come = Counter(h.name for k in kept for h in k.own.values())
     found: dict[str, Tensor] = {}
     for one in kept:

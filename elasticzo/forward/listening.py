@@ -30,7 +30,7 @@ class Heard:
     """What a clean pass leaves for the noisy one.
 
     Attributes:
-        args, kwargs: the inputs, which are the user's own. versions: theirs.
+        args, kwargs: the inputs, which are the user's own. versions: theirs and the outputs'.
         generator: where the model draws from torch's, its state before the pass.
         modes: `training` of every module.
         outputs: `[1, B, ...]`, by their places; their gradients will be there.
@@ -58,10 +58,10 @@ class Heard:
                 "learnt feedback needs the gradient of the loss by the outputs: call "
                 "model.backward(losses) on a loss that can be differentiated before zo.step(losses)"
             )
-        if versions((self.args, self.kwargs)) != self.versions:
+        if versions((self.args, self.kwargs, self.outputs)) != self.versions:
             raise RuntimeError(
-                "an input was written to between the forward and zo.step, which runs the model on "
-                "it once more: give each step's batch memory of its own"
+                "an input or output was written to between the forward and zo.step, which runs the "
+                "model once more: give each step's batch memory of its own"
             )
         if tuple(m.training for m in modules) != self.modes:
             raise RuntimeError(

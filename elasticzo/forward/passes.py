@@ -75,6 +75,15 @@ class Kept:
     own: dict[str, HeadParameter]
     shape: torch.Size
     x: Tensor
+    version: int = 0
+
+    def check(self) -> None:
+        """Raise RuntimeError where the input was written to since."""
+        if not self.x.is_inference() and self.x._version != self.version:
+            raise RuntimeError(
+                f"an input of {self.layer.name!r} was written to between the forward and zo.step, "
+                "which learns from it: give each step's batch memory of its own"
+            )
 
 
 @dataclass

@@ -313,6 +313,20 @@ def test_many_outputs_are_told_as_fixed_sums() -> None:
     assert ((moves.mean(0) - true).abs() <= 5 * moves.std(0) / 150**0.5).all()
 
 
+def test_scale_is_of_the_gradient() -> None:
+    """As of directions: the estimate has `s^2` times the gradient; 0 leaves a weight alone."""
+    torch.manual_seed(0)
+    net, x = Plain().double(), torch.randn(B, 4, dtype=torch.float64)
+    moved = []
+    for scale in (None, {"c.*": 0.5, "a.weight": 0.0}):
+        model = ElasticZO(copy.deepcopy(net), ["tail"], directions="feedback", scale=scale).train()
+        before = {n: p.clone() for n, p in model.named_head_parameters()}
+        step(model, (x,), ZOSGD(model, lr=1.0))
+        moved.append({n: before[n] - p for n, p in model.named_head_parameters()})
+    torch.testing.assert_close(moved[1]["c.weight"], 0.25 * moved[0]["c.weight"])
+    assert moved[1]["a.weight"].eq(0).all()
+
+
 def test_controls_settings_and_what_the_model_says() -> None:
     x, y = torch.randn(4, 1, 28, 28), torch.arange(4)
     for matrix in ("zero", "random"):
@@ -340,6 +354,10 @@ def test_refusals(tmp_path: Path) -> None:
     x, net = torch.randn(3, 1, 28, 28), LeNet5()
     with pytest.raises(ValueError, match="whole head"):
         ElasticZO(net, 1, directions={"fc1": "feedback"})
+    with pytest.raises(ValueError, match="clip"):
+        ZOSGD(ElasticZO(LeNet5(), 1, directions={"*": "feedback"}), lr=0.1, clip=1.0)
+    with pytest.raises(ValueError, match="group=2"):
+        ElasticZO(net, 1, directions="feedback", group=2)
     with pytest.raises(ValueError, match="queries=2"):
         ElasticZO(net, 1, directions="feedback", queries=2)
     model = ElasticZO(net, 1, directions="feedback").train()

@@ -249,6 +249,7 @@ def keep(
         current.kept[head.name, call] = kept
     elif x.is_floating_point():
         kept.x = kept.x + one * (n / current.halves)
+    kept.version = 0 if kept.x.is_inference() else kept.x._version
     return kept
 
 
