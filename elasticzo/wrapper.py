@@ -157,6 +157,7 @@ class ElasticZO(ZOModule):
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.session = Session(seed, eps, device)
         learnt = None if self.cut.everything else self.estimator.feedback
+        self.session.learns = learnt is not None
         of = (model, self.cut, self.head, self.session, self.estimator.direction, samples, learnt)
         how |= {"path": path, "directions": directions, "wanted": compute_dtype}
         self.engine = Engine(*of, **how)

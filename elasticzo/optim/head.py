@@ -350,8 +350,6 @@ class HeadOptimizer(Step, torch.optim.Optimizer):  # type: ignore[misc]  # of `s
         model.flush()
         state = super().state_dict()
         here = {"seed": model.seed, "step": model.step_index, **model.session.saved()}
-        if self.model.estimator.feedback is not None:
-            here["learnt"] = {name: t.clone() for name, t in model.session.learnt.items()}
         state["zo"] = here | self._fixed()
         return state
 
@@ -367,8 +365,6 @@ class HeadOptimizer(Step, torch.optim.Optimizer):  # type: ignore[misc]  # of `s
         check_saved(of, state_dict, ("state", "param_groups", "zo"), fixed, more=True)
         saved, now = state_dict["zo"], self._fixed()
         numbers = ("seed", "step", *model.session.saved())
-        if model.estimator.feedback is not None:
-            numbers = (*numbers, "learnt")
         check_saved(f"{of} under 'zo'", saved, (*numbers, *now), now)
         model.session.check(saved)
         check_groups(of, state_dict["param_groups"], self._entries)
@@ -382,9 +378,6 @@ class HeadOptimizer(Step, torch.optim.Optimizer):  # type: ignore[misc]  # of `s
         self._cached = None
         model.go_to(saved["seed"], saved["step"])
         model.session.load(saved)
-        device = model.session.device
-        learnt = saved.get("learnt", {})
-        model.session.learnt = {name: t.to(device, copy=True) for name, t in learnt.items()}
         self._last_read_skips = saved["skipped"]
 
     counted: tuple[str, ...] = ()  # what `state_of` keeps besides
