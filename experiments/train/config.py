@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -12,6 +13,9 @@ Model = Literal["lenet5", "resnet20", "pointnet"]
 Data = Literal["digits", "mnist", "fashion-mnist", "modelnet10", "modelnet40"]
 Method = Literal["full-zo", "cls2", "cls1", "full-bp", "frozen-cls2", "frozen-cls1"]
 Schedule = Literal["constant", "cosine", "linear", "step"]
+Directions = Literal[
+    "weight", "rank1", "sample", "node", "auto", "feedback", "feedback-zero", "feedback-random"
+]
 # A flag that the recipe decides where it is not given: --name or --no-name.
 Flag = Annotated[bool | None, tyro.conf.arg(constructor=bool)]
 
@@ -49,20 +53,35 @@ class TrainConfig:
     init: Literal["kaiming", "orthogonal"] | None = None
     """Initial weights: the model's own (Kaiming normal), or orthogonal with gain sqrt(2)."""
 
+    directions: Directions | None = None
+    """By whose noise the head is learnt. weight: one direction of all its weights a batch, the
+    paper's; rank1: one of rank one a batch; sample: one of rank one a sample; node: noise on the
+    outputs of each layer, one a sample; auto: of these two the one that looks into fewer
+    dimensions, layer by layer; feedback: errors that come back through matrices, learnt from noise
+    on what the layers read, in two passes; its controls feedback-zero (no matrices: the layer at
+    the cut learns alone) and feedback-random (fixed random ones). Not with int8. Default:
+    weight."""
+    group: int = 1
+    """Neighbouring samples that share a direction of sample or auto, >= 1."""
     noise: Literal["normal", "rademacher"] | None = None
-    """Distribution of the perturbation z."""
+    """Distribution of the perturbation z; feedback has signs."""
     queries: int = 1
     """Directions a step, Q >= 1; each costs two forward passes."""
     eps: float | None = None
     """Perturbation scale, > 0, in units of the weights."""
     head_lr: float | None = None
     """Learning rate of the head, >= 0: w -= lr * g * z."""
+    head_optimizer: Literal["sgd", "adam", "adamw"] | None = None
+    """Rule of the head, on the estimate of its gradient. Default: sgd for weight and rank1, adam
+    for the others; another one wants its own head_lr."""
+    head_momentum: float = 0.0
+    """Momentum in [0, 1) of head_optimizer sgd."""
     scale: dict[str, float] | None = None
     """Per-layer scale s >= 0 of the perturbation by name pattern, e.g. --scale 'conv1.*' 2 'fc*' 0;
     the last pattern that matches wins; 0 leaves a layer alone. int8: of the share of weights that
     is perturbed."""
     clip: float | None = None
-    """Bound on |g|, > 0, in loss per unit of z; inf is unbounded."""
+    """Bound on |g| of a batch, or of each sample, > 0, in loss per unit of z; inf is unbounded."""
     head_weight_decay: float = 0.0
     """Weight decay of the head, >= 0, per unit of learning rate."""
     head_schedule: Schedule | None = None
@@ -140,7 +159,8 @@ class TrainConfig:
     """Threads of torch on the CPU, >= 1; the last bits depend on it. Default: torch's own."""
 
     out: Path | None = None
-    """Folder of the run. Default: runs/<data>-<model>-<method>-<seed>."""
+    """Folder of the run. Default: runs/<data>-<model>-<method>-<seed>, with the directions behind
+    it where they are not weight."""
     checkpoint_steps: int = 500
     """Steps between two checkpoints, >= 1; one is written at the end, too."""
     log_steps: int = 20
@@ -152,10 +172,16 @@ class TrainConfig:
     plot: bool = True
     """Draw out/curves.png at the end."""
     trajectory: bool = True
-    """Write out/trajectory.jsonl, from which elasticzo.replay rebuilds the head."""
+    """Write out/trajectory.jsonl, from which elasticzo.replay rebuilds the head; not with feedback,
+    whose steps no log can say."""
 
 
 # Where a run lives and how it reports: may differ between two starts of one run.
 NOT_IDENTITY = frozenset({
     "data_dir", "download", "out", "checkpoint_steps", "resume", "tensorboard", "plot",
 })  # fmt: skip
+
+# What the paper does, of fields that are younger than stored runs, and that say nothing new there.
+PAPER: Mapping[str, Any] = {
+    "directions": "weight", "group": 1, "head_optimizer": "sgd", "head_momentum": 0.0,
+}  # fmt: skip

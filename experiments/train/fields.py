@@ -66,9 +66,13 @@ FIELDS: Mapping[str, Field] = {
     "checkpoint_steps": Field(1, INF, "[)"),
     "log_steps": Field(1, INF, "[)"),
     # floats
+    "directions": Field(of="float", nothing="weight"),
+    "group": Field(1, 2**31, of="float", nothing=1),
     "noise": Field(of="float"),
     "eps": Field(0, INF, "()", of="float"),
     "head_lr": Field(0, INF, "[)", of="float"),
+    "head_optimizer": Field(of="float", nothing="sgd"),
+    "head_momentum": Field(0, 1, "[)", of="float", nothing=0.0),
     "clip": Field(0, INF, "(]", of="float"),
     "head_weight_decay": Field(0, INF, "[)", of="float"),
     "head_schedule": Field(of="float"),

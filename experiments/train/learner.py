@@ -18,19 +18,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from elasticzo import ZOSGD, ElasticZO, TrajectoryLog, pair_losses
+from elasticzo import ElasticZO, TrajectoryLog, pair_losses
 from elasticzo.int8 import ElasticZOInt8, Int8Tail, Int8Tensor, Int8TrajectoryLog, Int8ZO
+from elasticzo.optim import HeadOptimizer
 from experiments.train.config import TrainConfig
 from experiments.train.data import Samples
+from experiments.train.directions import by_feedback, kinds_of, replay_of
 from experiments.train.inputs import Inputs, float_inputs, int8_inputs
 from experiments.train.network import build_int8_network, build_network
+from experiments.train.optimizers import head_optimizer, tail_optimizer
 from experiments.train.schedules import factor
-
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
-    "sgd": torch.optim.SGD,
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-}
 
 
 class Learner(ABC):
@@ -42,7 +39,7 @@ class Learner(ABC):
     """
 
     model: ElasticZO | ElasticZOInt8
-    zo: ZOSGD | Int8ZO
+    zo: HeadOptimizer | Int8ZO
     tail: torch.optim.Optimizer | Int8Tail | None
     counted: dict[str, Tensor]
 
@@ -111,8 +108,16 @@ class Learner(ABC):
         return 0
 
     @abstractmethod
-    def trajectory(self, path: Path) -> TrajectoryLog | Int8TrajectoryLog:
-        """The log of this run, begun or gone on with."""
+    def trajectory(self, path: Path) -> TrajectoryLog | Int8TrajectoryLog | None:
+        """The log of this run, begun or gone on with; None where none could be replayed."""
+
+    def kinds(self) -> dict[str, str]:
+        """By whose noise each weight is learnt, where that is not its own elements'."""
+        return {}
+
+    def replay(self) -> str | None:
+        """What rebuilds the head where the log and the first weights alone do not."""
+        return None
 
     def probe(self) -> None:
         """One training forward that changes nothing: what a model refuses, it refuses now."""
@@ -155,32 +160,18 @@ class FloatLearner(Learner):
     """
 
     model: ElasticZO
-    zo: ZOSGD
+    zo: HeadOptimizer
     tail: torch.optim.Optimizer | None
 
     def __init__(self, config: TrainConfig, data: Samples) -> None:
         super().__init__(config, float_inputs(config, data))
-        assert config.head_lr is not None
         self.model = build_network(config)
-        clip = config.clip if config.clip != math.inf else None
-        self.zo = ZOSGD(
-            self.model, config.head_lr, clip=clip, weight_decay=config.head_weight_decay
-        )
-        self.tail = self._tail_optimizer()
+        self.zo = head_optimizer(config, self.model)
+        self.tail = tail_optimizer(config, self.model)
         self.counted = {
             "losses": torch.zeros(self.model.halves, device=self.device),
             "sums": torch.zeros(2, dtype=torch.float64, device=self.device),
         }
-
-    def _tail_optimizer(self) -> torch.optim.Optimizer | None:
-        if not any(True for _ in self.model.tail_parameters()):
-            return None
-        config = self.config
-        settings: dict[str, Any] = {"lr": config.tail_lr, "weight_decay": config.tail_weight_decay}
-        assert config.tail_optimizer is not None
-        if config.tail_optimizer == "sgd":
-            settings["momentum"] = config.tail_momentum
-        return self.model.tail_optimizer(OPTIMIZERS[config.tail_optimizer], **settings)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.config.precision == "fp32":
@@ -193,13 +184,19 @@ class FloatLearner(Learner):
 
     def learn(self, x: Tensor, y: Tensor) -> None:
         with self._autocast():
-            losses = pair_losses(cross_entropy, self.model(x), y)
+            given = {"reduction": self.model.reduction}
+            losses = pair_losses(cross_entropy, self.model(x), y, **given)
         self.model.backward(losses, self._tail_source(x, y))
+        head_first = by_feedback(self.config)  # its noisy pass meets the tail of the clean one
+        if head_first:
+            self.zo.step(self.head_losses(losses))
         if self.tail is not None:
             self.tail.step()
             self.tail.zero_grad()
-        self.zo.step(self.head_losses(losses))
-        self.counted["losses"] = losses.detach()
+        if not head_first:
+            self.zo.step(self.head_losses(losses))
+        losses = losses.detach()
+        self.counted["losses"] = losses if losses.dim() == 1 else losses.mean(1)
         mean = self.losses.mean(dtype=torch.float64)
         finite = torch.isfinite(mean)
         self.counted["sums"] += torch.stack([torch.where(finite, mean, 0.0), finite.double()])
@@ -215,7 +212,7 @@ class FloatLearner(Learner):
             return pair_losses(cross_entropy, self.model.clean_forward(x), y)[0]
 
     def head_losses(self, losses: Tensor) -> Tensor:
-        """What the head's step sees of the losses `[halves]`."""
+        """What the head's step sees of the losses `[halves]`, or `[halves, B]` by sample."""
         return losses
 
     def rates(self) -> tuple[float, float]:
@@ -265,7 +262,18 @@ class FloatLearner(Learner):
             warnings.simplefilter("ignore")
             return self.zo.skipped
 
-    def trajectory(self, path: Path) -> TrajectoryLog:
+    def kinds(self) -> dict[str, str]:
+        return kinds_of(self.model)
+
+    def replay(self) -> str | None:
+        return replay_of(self.kinds())
+
+    def trajectory(self, path: Path) -> TrajectoryLog | None:
+        if by_feedback(self.config):
+            return None
+        if self.config.directions == "auto":  # the log says what each layer has
+            with self._autocast():
+                self.model.settle(self.inputs.train(self.step_index)[0])
         return TrajectoryLog(path, self.zo, resume=True)
 
 

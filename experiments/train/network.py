@@ -13,6 +13,7 @@ from elasticzo.cut import Tail, resolve_cut
 from elasticzo.int8 import ElasticZOInt8
 from elasticzo.models import LeNet5, PointNet, ResNet20
 from experiments.train.config import TrainConfig
+from experiments.train.directions import library_directions
 
 
 def build_model(config: TrainConfig) -> nn.Module:
@@ -61,6 +62,7 @@ def build_network(config: TrainConfig) -> ElasticZO:
     """The wrapped network of a resolved configuration."""
     assert config.eps is not None and config.noise is not None
     net, tail, shared = _seeded(config)
+    shared |= {"directions": library_directions(config), "group": config.group}
     return ElasticZO(net, tail, eps=config.eps, noise=config.noise, **shared)
 
 

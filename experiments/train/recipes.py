@@ -7,8 +7,10 @@ control: the same tail, by backpropagation, on the same random head that never m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from experiments.train.config import Method
 
@@ -37,8 +39,10 @@ class Recipe:
 
     init: str = "kaiming"
     batch_norm: bool | None = None  # of pointnet
+    directions: str = "weight"
     noise: str = "normal"
     eps: float = 1e-3
+    head_optimizer: str = "sgd"
     head_lr: float = 0.0
     scale: Mapping[str, float] = field(default_factory=dict)
     clip: float = 10.0
@@ -111,6 +115,38 @@ RECIPES: Mapping[str, Mapping[str, Recipe]] = {
         "frozen-cls1": replace(POINTNET, tail_lr=rates(adam=3e-3)),
     },
 }
+
+
+# What changes where the head is not learnt by noise of its own elements.
+BY_SAMPLE: Mapping[str, Any] = {
+    "noise": "rademacher",
+    "eps": 1e-2,
+    "scale": {},
+    "clip": math.inf,
+    "head_optimizer": "adam",
+    "head_lr": 2e-3,
+    "head_schedule": "cosine",
+    "tail_lr": rates(adam=1e-3),
+    "tail_warmup": 0.0,
+}
+BY_FEEDBACK = {**BY_SAMPLE, "head_lr": 1e-3}
+DIRECTIONS: Mapping[str, Mapping[str, Any]] = {
+    "weight": {},
+    "rank1": {"noise": "rademacher"},
+    "sample": BY_SAMPLE,
+    "node": BY_SAMPLE,
+    "auto": BY_SAMPLE,
+    "feedback": BY_FEEDBACK,
+    "feedback-zero": BY_FEEDBACK,
+    "feedback-random": BY_FEEDBACK,
+}
+
+
+def recipe_of(model: str, method: str, directions: str | None) -> Recipe:
+    """The settings of a method whose head is learnt so; None is the paper's way."""
+    own = RECIPES[model][method]
+    kind = directions or own.directions
+    return replace(own, directions=kind, **DIRECTIONS[kind])
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import torch
 
 from elasticzo.cut import resolve_cut
 from elasticzo.data import CLOUD_SETS
-from experiments.train.config import NOT_IDENTITY, Data, Model, TrainConfig
+from experiments.train.config import NOT_IDENTITY, PAPER, Data, Model, TrainConfig
+from experiments.train.directions import check_directions, check_head_rule
 from experiments.train.fields import check, fields_of
 from experiments.train.network import build_model, library_tail
 from experiments.train.recipes import (
@@ -21,9 +22,9 @@ from experiments.train.recipes import (
     EPOCHS,
     INT8_RECIPES,
     POINTS,
-    RECIPES,
     TAILS,
     base_method,
+    recipe_of,
 )
 from zo_kernels import resolve_backend
 
@@ -40,13 +41,16 @@ def resolve(config: TrainConfig) -> TrainConfig:
     defaults |= _places(config, device)
     config = replace(config, **{k: v for k, v in defaults.items() if getattr(config, k) is None})
     backend: Any = resolve_backend(config.backend, device)
-    scale = _scale(config, tail, scale)
+    head = head_names(config, tail)
+    check_directions(config, head)
+    scale = _scale(config, head, scale)
     return replace(config, tail=tail, scale=scale, device=str(device), backend=backend)
 
 
 def _floats(config: TrainConfig) -> dict[str, Any]:
     """The defaults of a method, fp32 or bf16."""
-    recipe = asdict(RECIPES[config.model][config.method])
+    recipe = asdict(recipe_of(config.model, config.method, config.directions))
+    check_head_rule(config, recipe["head_optimizer"])
     optimizer = config.tail_optimizer or recipe["tail_optimizer"]
     if optimizer != "sgd" and config.tail_momentum:
         raise ValueError(
@@ -73,6 +77,8 @@ def _integers(config: TrainConfig) -> dict[str, Any]:
 def _places(config: TrainConfig, device: torch.device) -> dict[str, Any]:
     """Defaults that no recipe decides."""
     name = f"{config.data}-{config.model}-{config.method}-{config.seed}"
+    if config.directions not in (None, PAPER["directions"]):
+        name += f"-{config.directions}"
     clouds = config.data in CLOUD_SETS
     return {
         "epochs": EPOCHS[config.data],
@@ -93,16 +99,21 @@ def resolve_tail(config: TrainConfig) -> tuple[str, ...]:
     return (str(tail),) if isinstance(tail, (int, str)) else tuple(tail)
 
 
+def head_names(config: TrainConfig, tail: tuple[str, ...]) -> tuple[str, ...]:
+    """Parameters that ZO trains."""
+    if config.method.startswith("frozen-"):
+        return ()
+    head = _head(config.model, config.data, config.batch_norm, tail)
+    if config.precision == "int8":
+        return tuple(name for name in head if name.endswith(".weight"))
+    return head
+
+
 def _scale(
-    config: TrainConfig, tail: tuple[str, ...], default: dict[str, float]
+    config: TrainConfig, head: tuple[str, ...], default: dict[str, float]
 ) -> dict[str, float]:
     """Scales of the head. The recipe's patterns that this cut leaves nothing to are dropped; the
     user's must match."""
-    head = _head(config.model, config.data, config.batch_norm, tail)
-    if config.precision == "int8":
-        head = tuple(name for name in head if name.endswith(".weight"))
-    if config.method.startswith("frozen-"):
-        head = ()
     given = config.scale if config.scale is not None else default
     matched = {k: float(v) for k, v in given.items() if fnmatch.filter(head, k)}
     if config.scale is not None:
@@ -160,8 +171,9 @@ def as_json(config: TrainConfig) -> dict[str, Any]:
 def identity(config: TrainConfig) -> dict[str, Any]:
     """What decides the weights of a run: its resolved configuration without places and reports.
 
-    A field that is None in a resolved configuration means nothing to that run: fields that are
-    added later leave the identity of earlier runs as it was.
+    A field that is None in a resolved configuration means nothing to that run, and one of `PAPER`
+    that says what the paper does nothing new: fields that are added later leave the identity of
+    earlier runs as it was.
     """
-    decides = as_json(config).items()
-    return {k: v for k, v in decides if v is not None and k not in NOT_IDENTITY}
+    decides = {k: v for k, v in as_json(config).items() if k not in NOT_IDENTITY}
+    return {k: v for k, v in decides.items() if v not in (None, PAPER.get(k))}

@@ -11,8 +11,9 @@ import torch
 from elasticzo import TrajectoryLog
 from elasticzo.int8 import Int8TrajectoryLog
 from experiments.commands import Interrupted, StopSignals
-from experiments.train.config import TrainConfig
+from experiments.train.config import PAPER, TrainConfig
 from experiments.train.data import load_data
+from experiments.train.directions import summary
 from experiments.train.environment import commit, hardware, peak_memory, versions
 from experiments.train.folder import CURVES, TENSORBOARD, TRAJECTORY, RunFolder
 from experiments.train.learner import learner_for
@@ -49,7 +50,9 @@ class Run:
 
     @property
     def title(self) -> str:
-        return f"{self.config.method} on {self.config.data}, seed {self.config.seed}"
+        c = self.config
+        by = "" if c.directions in (None, PAPER["directions"]) else f" by {c.directions}"
+        return f"{c.method}{by} on {c.data}, seed {c.seed}"
 
     def go(self) -> dict[str, Any]:
         """Train to the end; the result, also of a run that was finished before.
@@ -91,6 +94,7 @@ class Run:
         self.reporter.note(f"going on at step {self.learner.step_index} of {self.learner.steps}")
 
     def _description(self) -> dict[str, Any]:
+        kinds, replay = self.learner.kinds(), self.learner.replay()
         return {
             "config": as_json(self.config),
             "command": self.command,
@@ -98,6 +102,8 @@ class Run:
             "hardware": hardware(self.device),
             "backend": self.learner.model.backend,
             "pairing": self.learner.model.effective_pairing,
+            **({"directions": kinds} if kinds else {}),
+            **({"replay": replay} if replay else {}),
             "versions": versions(),
             "commit": commit(),
         }
@@ -121,6 +127,9 @@ class Run:
         learner, config = self.learner, self.config
         log = self._open_logs()
         self._interval = (learner.step_index, self.seconds)
+        kinds = self.learner.kinds()
+        if kinds:
+            self.reporter.note(f"directions: {summary(kinds)} (of the head's {len(kinds)} weights)")
         self.reporter.start(self.title, learner.step_index, learner.steps)
         with StopSignals() as stop:
             if config.start_from is not None and learner.step_index == 0:
