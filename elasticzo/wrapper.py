@@ -125,7 +125,8 @@ class ElasticZO(ZOModule):
         by_name = isinstance(directions, Mapping) and "feedback" in directions.values()
         settings = Feedback() if directions == "feedback" or by_name else directions
         if isinstance(settings, Feedback):
-            if (estimator, queries, noise, group) != (None, 1, None, 1):
+            signs = noise in (None, "rademacher")
+            if (estimator, queries, signs, group) != (None, 1, True, 1):
                 raise ValueError(
                     "learnt feedback is an estimator of its own, a clean and a noisy pass: got "
                     f"estimator={estimator!r}, queries={queries!r}, noise={noise!r} and "
