@@ -2,6 +2,7 @@
 
 from elasticzo.capture import CapturedStep, capture_step
 from elasticzo.estimator import Estimator, low_rank, one_sided, spsa
+from elasticzo.feedback import Feedback
 from elasticzo.forward.trees import unbatched
 from elasticzo.losses import pair_losses
 from elasticzo.optim import ZOSGD, ZOAdam, ZOSign
@@ -15,6 +16,7 @@ __all__ = [
     "CapturedStep",
     "ElasticZO",
     "Estimator",
+    "Feedback",
     "TrajectoryLog",
     "ZOAdam",
     "ZOSign",

@@ -97,9 +97,13 @@ class CapturedStep:
         reduction = self.model.reduction
         losses = pair_losses(self.loss, outputs, *self._targets, reduction=reduction)
         self.model.backward(losses, self.source)
+        feedback = self.model.estimator.feedback is not None
+        if feedback:  # its second pass meets the tail that the first one met
+            self.zo.step(losses)
         if self.tail is not None:
             self.tail.step()
-        self.zo.step(losses)
+        if not feedback:
+            self.zo.step(losses)
         return losses.detach()
 
     def _rehearse(self, device: torch.device, warmup: int) -> None:

@@ -51,6 +51,11 @@ def forward_difference(losses: Tensor, eps: Tensor) -> Tensor:
     return (wide[1:] - wide[0]) / eps
 
 
+def no_difference(losses: Tensor, eps: Tensor) -> Tensor:
+    """Of one clean pass: `[1]`, zero."""
+    return torch.zeros(1, dtype=torch.float64, device=losses.device)
+
+
 @dataclass(frozen=True)
 class Estimator:
     """Which points, along which direction, and what their losses make of it; see the methods below.
@@ -136,12 +141,9 @@ def by_feedback(settings: Feedback) -> Estimator:
     """One pass at `w`; what the step learns it learns from a second one, with noise on the layers'
     outputs: see `elasticzo.feedback`."""
 
-    def nothing(losses: Tensor, eps: Tensor) -> Tensor:
-        return torch.zeros(1, dtype=torch.float64, device=losses.device)
-
     sources = {"clean": slice(0, 1)}
     direction = Dense("rademacher")
-    return Estimator("feedback", direction, 1, CLEAN, nothing, sources, feedback=settings)
+    return Estimator("feedback", direction, 1, CLEAN, no_difference, sources, feedback=settings)
 
 
 # What the contract tests run over: a new method is a line here.

@@ -36,6 +36,9 @@ class Feedback:
         beta: what a step weighs in M at least.
         unbiased: whether the noise's own answer corrects d; the inputs of the layers are then
             kept until the end of the second pass.
+        parts: of the batch that run the second pass one after the other, so that a segment's
+            backward holds a part of its samples; gradients are summed meanwhile (as much memory as
+            the weights). BatchNorm then normalises by the part.
         width: where a sample has more outputs, M learns so many fixed random sums of them.
     Source: Xiao et al., "Online pseudo-zeroth-order training" (arXiv:2407.12516); Lillicrap et al.
         2016 and Noekland 2016 (arXiv:1609.01596) for fixed random feedback.
@@ -45,6 +48,7 @@ class Feedback:
     noise: float = 0.1
     beta: float = 0.01
     unbiased: bool = False
+    parts: int = 1
     width: int = 512
 
     def __post_init__(self) -> None:
@@ -54,8 +58,9 @@ class Feedback:
         check_number("noise", self.noise, positive, lambda v: 0.0 < v < float("inf"))
         check_number("beta", self.beta, "in (0, 1]", lambda v: 0.0 < v <= 1.0)
         check_integer("width", self.width, 1, 1 << 20)
-        if self.unbiased and self.matrix == "zero":
-            raise ValueError("unbiased corrects a matrix: matrix must not be 'zero'")
+        check_integer("parts", self.parts, 1, 1 << 20)
+        if self.unbiased and self.matrix != "learnt":
+            raise ValueError(f"unbiased corrects what is learnt, got matrix={self.matrix!r}")
 
     def describe(self) -> dict[str, Any]:
         return asdict(self)

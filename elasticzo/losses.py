@@ -178,6 +178,21 @@ def _loss_backend(device: torch.device) -> str:
     return "triton" if device.type == "cuda" else "reference"
 
 
+def as_losses(losses: Any) -> Tensor:
+    """What a step is given as a floating tensor without a graph.
+
+    Raises: TypeError for nothing, or a closure.
+    """
+    if losses is None:
+        raise TypeError("zo.step needs the losses of the halves: zo.step(losses)")
+    if callable(losses):
+        raise TypeError("zo.step takes losses, not a closure")
+    if not isinstance(losses, Tensor):
+        losses = torch.as_tensor(losses, dtype=torch.float64)
+    found: Tensor = losses.detach()
+    return found if found.is_floating_point() else found.to(torch.float64)
+
+
 def check_losses(losses: Any, halves: int, samples: int | None = None) -> None:
     """Raise unless `losses` is a floating tensor `[halves]`; of so many samples, `[halves, B]`."""
     wanted = [halves] if samples is None else [halves, samples]

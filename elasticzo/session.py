@@ -53,7 +53,8 @@ class Session:
 
     Attributes:
         stepped: whether a step was done since wrapping.
-        learnt: what a run learns besides weights, by name (the matrices of learnt feedback).
+        learns, learnt: whether a run learns more than weights, and what, by name (the matrices of
+            learnt feedback).
         pending: an update that waits for the next forward.
     """
 
@@ -86,6 +87,7 @@ class Session:
         if eps is not None:
             self.eps.fill_(eps)
         self.stepped = False
+        self.learns = False
         self.learnt: dict[str, Tensor] = {}
         self.pending: Pending | None = None
         self._begin()
@@ -198,7 +200,9 @@ class Session:
 
     def saved(self) -> dict[str, Any]:
         """Entries of a state. Reads the device."""
-        return {k.saved: getattr(self, name).tolist() for name, k in self._kept.items() if k.saved}
+        found = {k.saved: getattr(self, name).tolist() for name, k in self._kept.items() if k.saved}
+        learnt = {"learnt": {name: t.clone() for name, t in self.learnt.items()}}
+        return found | (learnt if self.learns else {})
 
     def check(self, state: Mapping[str, Any]) -> None:
         """Raise ValueError where an entry of a state cannot be taken."""
@@ -215,6 +219,8 @@ class Session:
         for name, kept in self._kept.items():
             if kept.saved:
                 getattr(self, name).copy_(torch.tensor(state[kept.saved], dtype=kept.dtype))
+        learnt = state.get("learnt", {})
+        self.learnt = {name: t.to(self.device, copy=True) for name, t in learnt.items()}
 
     def to(self, device: torch.device) -> None:
         self.flush()
@@ -242,7 +248,10 @@ class Session:
 
     def __getstate__(self) -> dict[str, Any]:
         self.flush()
-        return {**self.__dict__, "pending": None}
+        state = {**self.__dict__, "pending": None}
+        if self.kept:  # what layers keep of a forward is of this model alone: a copy begins anew
+            state |= {**FLAGS, "found": torch.zeros_like(self.found)}
+        return state
 
 
 REPLACED = (

@@ -122,14 +122,18 @@ class ElasticZO(ZOModule):
         flush_others(model)
         self.module = model
         self.register_load_state_dict_post_hook(loaded)  # type: ignore[no-untyped-call]
-        settings = Feedback() if directions == "feedback" else directions
+        by_name = isinstance(directions, Mapping) and "feedback" in directions.values()
+        settings = Feedback() if directions == "feedback" or by_name else directions
         if isinstance(settings, Feedback):
-            if estimator is not None or queries != 1:
+            signs = noise in (None, "rademacher")
+            if (estimator, queries, signs, group) != (None, 1, True, 1):
                 raise ValueError(
                     "learnt feedback is an estimator of its own, a clean and a noisy pass: got "
-                    f"estimator={estimator!r} and queries={queries!r} beside it"
+                    f"estimator={estimator!r}, queries={queries!r}, noise={noise!r} and "
+                    f"group={group!r} beside it"
                 )
-            estimator, directions = by_feedback(settings), "feedback"
+            estimator = by_feedback(settings)
+            directions = directions if by_name else "feedback"
         if estimator is None:
             estimator = spsa(queries, noise or "normal")
         samples = Samples(noise or "rademacher", group)
@@ -143,6 +147,8 @@ class ElasticZO(ZOModule):
         if isinstance(tail, str) and tail == "auto":
             given = {**how, "eps": eps, "compute_dtype": compute_dtype, "estimator": self.estimator}
             given |= {"directions": directions, "group": group}
+            if isinstance(settings, Feedback):
+                given |= {"directions": settings, "estimator": None}
             assert memory_budget is not None
             wanted = (memory_budget, example_input, state_tensors)
             self.fitted, scale, path = fit_tail(ElasticZO, model, *wanted, scale, path, given)
@@ -152,6 +158,7 @@ class ElasticZO(ZOModule):
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.session = Session(seed, eps, device)
         learnt = None if self.cut.everything else self.estimator.feedback
+        self.session.learns = learnt is not None
         of = (model, self.cut, self.head, self.session, self.estimator.direction, samples, learnt)
         how |= {"path": path, "directions": directions, "wanted": compute_dtype}
         self.engine = Engine(*of, **how)
@@ -176,6 +183,13 @@ class ElasticZO(ZOModule):
         """By whose noise each weight of the head is learnt, and why; "auto" is settled by the first
         forward."""
         return dict(self.head.kinds)
+
+    @property
+    def feedback_residual(self) -> dict[str, Tensor]:
+        """Of learnt feedback: the share of what the noise on each layer's inputs did to the loss
+        that its matrix did not foretell in the last step, `sum (c - xi . M e)^2 / sum c^2`: 1 where
+        it knows nothing, and what other layers' noise does stays in it."""
+        return dict(self.engine.residual)
 
     @property
     def pairing(self) -> str:

@@ -15,7 +15,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from elasticzo.buffers import (
     BufferSlot,
@@ -30,9 +31,9 @@ from elasticzo.directions import Direction
 from elasticzo.feedback import Feedback
 from elasticzo.forward.halves import NotByHalf, NotBySample, UsesGenerator, each_half, run_stacked
 from elasticzo.forward.layers.sequence import run_sequence
-from elasticzo.forward.listening import Call, Clean, Heard, Listener, Order, floats
-from elasticzo.forward.passes import Layer, Pass
-from elasticzo.forward.plan import around, build_plan, learn_by, owner_of, promote
+from elasticzo.forward.listening import Clean, Heard, Instead, Listener, Order, floats, versions
+from elasticzo.forward.passes import Layer, Pass, learn_by
+from elasticzo.forward.plan import around, build_plan, owner_of, promote
 from elasticzo.forward.precision import compute_dtype, parse_compute_dtype
 from elasticzo.forward.staging import Staging
 from elasticzo.forward.trees import (
@@ -96,10 +97,8 @@ class Engine:
                 f"batch_first=False: {', '.join(self.plan.sequence_first)}; use "
                 "pairing='sequential'"
             )
-        self.around = around(self.plan)
-        # Where the head learns by feedback: its last layer, and when weights are done with.
-        self.last: Call | None = None
-        self.order = Order()
+        self.order = Order()  # of learnt feedback: when a step is done with weights
+        self.residual: dict[str, Tensor] = {}
         self._known = list(module.modules())
         self._settled: tuple[Any, ...] | None = None  # circumstances that the plan was seen in
         self.moving: list[BufferSlot] = []
@@ -170,49 +169,60 @@ class Engine:
         buffers.restore()
         return output
 
-    def again(self, heard: Heard, listener: Listener) -> Any:
-        """The forward of a clean pass once more; buffers and generators stay as they are."""
+    def again(self, heard: Heard, here: slice, args: Any, kwargs: Any, listener: Listener) -> Any:
+        """The forward of a clean pass once more, or of some of its samples; buffers and generators
+        stay as they are."""
         device = self.session.device
+        args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
         buffers, generator = BufferSnapshot(self.moving), None
         current = self.new_pass(CLEAN)
-        current.micro_batch, current.first, current.listener = (
-            heard.micro_batch,
-            heard.first,
-            listener,
-        )
+        current.micro_batch, current.listener = heard.micro_batch, listener
+        current.offset = here.start or 0
+        current.first = heard.first + current.offset
         if heard.generator is not None:
             generator = generator_state(device)
             set_generator_state(device, heard.generator)
         autocast, on = heard.autocast, heard.autocast is not None
         try:
             with torch.autocast(device.type, dtype=autocast, enabled=on):
-                return self._evaluate(current, heard.args, heard.kwargs)
+                return self._evaluate(current, args, kwargs)
         finally:
             buffers.restore()
             if generator is not None:
                 set_generator_state(device, generator)
 
-    def _heard(
+    def _kept(
         self, current: Pass, args: Any, kwargs: Any, output: Any, generator: Any
-    ) -> list[Any]:
-        """What a training forward leaves for the step."""
+    ) -> tuple[Any, list[Any]]:
+        """The output, and what a training forward leaves for the step."""
         clean = current.listener
         if not isinstance(clean, Clean):
-            return list(current.kept.values())
-        device = self.session.device
-        if clean.last != self.last:
-            raise RuntimeError(
-                f"the last layer of the head that ran is {clean.last}, in the first forward it was "
-                f"{self.last}: learnt feedback needs the same order of layers in every step"
+            return output, list(current.kept.values())
+        if current.batch is None or any(t.shape[1:2] != (current.batch,) for t in floats(output)):
+            shapes = [list(t.shape[1:]) for t in floats(output)]
+            raise ValueError(
+                f"learnt feedback needs outputs whose dimension 0 is the batch ({current.batch}), "
+                f"got shapes {shapes}"
             )
-        outputs = {i: t for i, t in enumerate(floats(output)) if t.requires_grad}
-        for t in outputs.values():
-            t.retain_grad()
+        output, outputs = clean.outputs(output)
+        device = self.session.device
         drew = not torch.equal(generator, generator_state(device))
-        at = (current.micro_batch, current.first, generator if drew else None)
-        autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else None
-        return [Heard(args, kwargs, *at, dtype, outputs, clean.cut, clean.uses)]
+        on = torch.is_autocast_enabled(device.type)
+        heard = Heard(
+            args=args,
+            kwargs=kwargs,
+            versions=versions((args, kwargs, outputs)),
+            micro_batch=current.micro_batch,
+            first=current.first,
+            samples=current.batch,
+            generator=generator if drew else None,
+            autocast=torch.get_autocast_dtype(device.type) if on else None,
+            modes=tuple(m.training for m in self._known),
+            outputs=outputs,
+            cut=clean.cut,
+            outer=clean.outer,
+        )
+        return output, [heard]
 
     @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]
     def _run(self, points: Points, args: Any, kwargs: Any) -> Any:
@@ -220,8 +230,8 @@ class Engine:
         if session.before is None:
             session.before = BufferSnapshot(self.moving)
         try:
-            generator = generator_state(session.device)
-            current = self._listened(self.new_pass(points))
+            generator = generator_state(session.device) if self.feedback else None
+            current = self._listened(self.new_pass(points), args, kwargs)
             output = self._evaluate(current, args, kwargs)
             session.flush()  # what this forward did not read
         except NotBySample as problem:
@@ -234,12 +244,13 @@ class Engine:
             self.mixes_generator = True
             session.before.restore()
             raise RuntimeError(f"{DRAWS}; it did not before: repeat this step") from None
-        session.note_forward(current.batch, self._heard(current, args, kwargs, output, generator))
+        output, kept = self._kept(current, args, kwargs, output, generator)
+        session.note_forward(current.batch, kept)
         return output
 
-    def _listened(self, current: Pass) -> Pass:
+    def _listened(self, current: Pass, args: Any, kwargs: Any) -> Pass:
         if self.feedback is not None:
-            current.listener = Clean(self.around, self.last)
+            current.listener = Clean(around(self.plan, self.cut), (args, kwargs))
         return current
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -254,17 +265,17 @@ class Engine:
             watch = Watch(self.head)
             try:
                 with watch.over(self.module, self.cut.tail_parameters):
-                    current = self._listened(self.new_pass(points, watch))
+                    current = self._listened(self.new_pass(points, watch), args, kwargs)
                     output = self._evaluate(current, args, kwargs)
-                if self._settles(watch, points) and self._heard_last(current):
+                if self._settles(watch, points):
                     self.settle(snapshot.moved())
                     if session.before is None:
                         session.before = snapshot.only(self.moving)
-                    kept = self._heard(current, args, kwargs, output, generator)
+                    output, kept = self._kept(current, args, kwargs, output, generator)
                     session.note_forward(current.batch, kept)
                     return output
             except NotBySample as problem:
-                learn_by(self.head, problem.layer, Kind("weight", problem.why))
+                learn_by(self.head.kinds, problem.layer, Kind("weight", problem.why))
             except NotByHalf as problem:
                 self._promote(problem.layer.name, [h.name for *_, h in problem.layer.swaps])
             except UsesGenerator:
@@ -276,13 +287,6 @@ class Engine:
             snapshot.restore()
             set_generator_state(device, generator)
         raise AssertionError("the plan of the model did not settle")
-
-    def _heard_last(self, current: Pass) -> bool:
-        """Whether it is known which layer of the head is the last."""
-        if not isinstance(current.listener, Clean):
-            return True
-        known, self.last = self.last, current.listener.last
-        return known == self.last
 
     def new_pass(self, points: Points, watch: Watch | None = None) -> Pass:
         """The state of a forward that evaluates these points."""
@@ -307,11 +311,14 @@ class Engine:
     def _evaluate(self, current: Pass, args: Any, kwargs: Any) -> Any:
         n, self.current = current.halves, current
         current.batch = samples_of((args, kwargs))
-        with self._taken_over(current):
+        with ExitStack() as stack:
+            stack.enter_context(self._taken_over(current))
             if self.effective_pairing == "stacked" and n > 1:
                 stacked, current.unbatched, current.batched = stack_inputs((args, kwargs), n)
                 return unstack_outputs(run_stacked(self.module, current, *stacked), n)
             inputs = InputsStay((strip(args), strip(kwargs)))
+            if isinstance(current.listener, Clean):
+                stack.enter_context(Instead(current.listener))
             outputs = each_half(current, self.moving, lambda half: inputs.run(self.module, half))
             return join(outputs, stack_leaves)
 
@@ -331,6 +338,12 @@ class Engine:
                 module = layer.module
                 patched.append((module, module.__dict__.get("forward")))
                 module.__dict__["forward"] = partial(call, current, layer, module.forward)
+            if current.listener is not None:
+                for name in {n.rpartition(".")[0] for n in self.cut.tail_parameters}:
+                    module = self.module.get_submodule(name)
+                    patched.append((module, module.__dict__.get("forward")))
+                    run = partial(_call_tail, current.listener, name, module.forward)
+                    module.__dict__["forward"] = run
             yield
 
     def _hand_back(self, patched: Sequence[tuple[nn.Module, Any]]) -> None:
@@ -347,7 +360,7 @@ class Engine:
         """Whether each weight of the head was read perturbed, and none as it is; else the plan
         changes."""
         wrong = watch.wrong(self.head)
-        if not wrong or not points.halves:
+        if not wrong or not (points.halves or self.feedback):
             return True
         name = min(wrong)
         self._promote(owner_of(self.plan, name), [name])
@@ -377,7 +390,11 @@ def _call(
     def run(*args: Any, **kwargs: Any) -> Any:
         return layer.call(current, layer, forward, args, kwargs)
 
-    return current.listener(current, layer, run, args, kwargs)
+    return current.listener.layer(current, layer, run, args, kwargs)
+
+
+def _call_tail(listener: Listener, name: str, run: Any, *args: Any, **kwargs: Any) -> Any:
+    return listener.tail(name, run, args, kwargs)
 
 
 _call_untraced: Callable[..., Any] = torch.compiler.disable(_call)  # type: ignore[no-untyped-call]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from elasticzo.forward.engine import Engine
-from elasticzo.forward.listening import Heard, floats, rows
+from elasticzo.forward.listening import Heard, rows
 from elasticzo.forward.noisy import Noisy
+from elasticzo.forward.plan import around
 
 COUNT = "steps"  # of `session.learnt`: how many have moved the matrices
 
@@ -24,31 +26,51 @@ def learn_by_feedback(
     of several are summed first. Of a skipped step (`found`) the matrices stay.
     """
     session, settings = engine.session, engine.feedback
-    assert settings is not None and engine.last is not None
+    assert settings is not None
     heard: list[Heard] = list(session.kept)
+    try:
+        for one in heard:
+            one.check(list(engine.module.modules()))
+    except RuntimeError:
+        session.forget()  # the next step begins with its own forward
+        raise
+    scales = {name: one.scale**2 for name, one in engine.head.parameters.items()}
+
+    def scaled(name: str, u: Tensor) -> None:
+        take(name, u if scales[name] == 1.0 else u * scales[name])
+
     gradients: dict[str, Tensor] = {}
     moves: dict[str, Tensor] = {}
+    left: dict[str, Tensor] = {}
     whole = torch.ones((), dtype=torch.bool, device=found.device)
     for one in heard:
         o, e = one.error()
         told = settings.sums(o, session.key, backend)
         if told is not None:
             o, e = o @ told, e @ told
-        of = (settings, session, backend, one, engine.last, engine.order, e)
-        noisy = Noisy(engine.around, *of, len(heard) == 1, take, gradients)
-        with noisy.segments():
-            found_again = floats(engine.again(one, noisy))
-        after = rows([found_again[i] for i in one.outputs])
-        change = (after if told is None else after @ told) - o
-        whole = whole & torch.isfinite(change).all()
-        for name, move, _ in noisy.answers(change):
-            moves[name] = moves[name] + move if name in moves else move
+        parts = list(one.parts(settings.parts))
+        alone = len(heard) * len(parts) == 1
+        for name, leaf in one.outer:  # of what comes after the cut
+            if leaf.grad is not None:
+                gradients[name] = gradients.get(name, 0) + leaf.grad
+        for here, args, kwargs in parts:
+            of = (settings, session, backend, one, here, engine.order, e[here], alone)
+            noisy = Noisy(around(engine.plan, engine.cut), *of, scaled, gradients)
+            after = rows(noisy.run(partial(engine.again, one, here, args, kwargs, noisy)))
+            change = (after if told is None else after @ told) - o[here]
+            whole = whole & torch.isfinite(change).all()
+            noisy.finish(change)
+            for name, move, squares in noisy.answers(change):
+                moves[name] = moves[name] + move if name in moves else move
+                left[name] = left[name] + squares if name in left else squares
     for name, u in gradients.items():
-        take(name, u)
-    _move(engine, moves, (found == 0) & whole)
+        scaled(name, u)
+    samples = sum(one.samples for one in heard)
+    _move(engine, moves, samples, (found == 0) & whole)
+    engine.residual = {name: part / whole for name, (part, whole) in left.items()}
 
 
-def _move(engine: Engine, moves: dict[str, Tensor], goes: Tensor) -> None:
+def _move(engine: Engine, moves: dict[str, Tensor], samples: int, goes: Tensor) -> None:
     """`M <- (1 - beta) M + beta / B sum`, where the step is not skipped."""
     session, settings = engine.session, engine.feedback
     assert settings is not None
@@ -60,6 +82,6 @@ def _move(engine: Engine, moves: dict[str, Tensor], goes: Tensor) -> None:
     beta = settings.weight(steps)
     for name, move in moves.items():
         m = session.learnt[name]
-        new = m.lerp(move.to(m.dtype) / session.samples, beta.to(m.dtype))
-        m.copy_(torch.where(goes, new, m))
+        new = m.lerp(move.to(m.dtype) / samples, beta.to(m.dtype))
+        m.copy_(torch.where(goes & torch.isfinite(new).all(), new, m))
     steps.add_(goes.to(steps.dtype))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from elasticzo.forward.layers.gradients import weight_gradients
-from elasticzo.forward.layers.samples import node_head, node_noise, node_unit
+from elasticzo.forward.layers.samples import node_noise, node_unit
 from elasticzo.forward.passes import Kept
 from elasticzo.head import Head
 from elasticzo.samples import RankOne, Samples
@@ -46,7 +46,9 @@ def _of_nodes(
 ) -> Iterator[tuple[str, Tensor]]:
     """Weights that several layers, calls or micro-batches read have the sum of theirs."""
     kept: list[Kept] = list(session.kept)
-    to_come = Counter(h.name for k in kept for h in k.layer.head.values() if h.scale != 0.0)
+    for one in kept:
+        one.check()
+    to_come = Counter(h.name for k in kept for h in k.own.values())
     found: dict[str, Tensor] = {}
     for one in kept:
         for name, u in _of_call(one, session, samples, a, backend):
@@ -61,15 +63,13 @@ def _of_call(
 ) -> Iterator[tuple[str, Tensor]]:
     layer, stop = kept.layer, kept.first + kept.shape[0]
     m: Any = layer.module
-    head = node_head(None, layer)
-    assert head is not None
     wide = torch.promote_types(m.weight.dtype, torch.float32)
     dy = torch.zeros(kept.shape, dtype=wide, device=a.device)
     for query in range(len(a)):
-        n = node_noise(samples.noise, kept, head, session.key, query, backend).to(wide)
+        n = node_noise(samples.noise, kept, session.key, query, backend).to(wide)
         share = (a[query, kept.first : stop] / (a.shape[1] * node_unit(m))).to(wide)
         dy += n * share.view(-1, *[1] * (n.dim() - 1))
-    own = {local: one for local, one in layer.head.items() if one.scale != 0.0}
-    gradients = weight_gradients(m, kept.x, dy, own)
-    for local, one in own.items():
+    head = kept.head
+    gradients = weight_gradients(m, kept.x, dy, kept.own)
+    for local, one in kept.own.items():
         yield one.name, gradients[local].mul_(one.scale * one.scale / head.scale)

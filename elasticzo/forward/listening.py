@@ -1,60 +1,107 @@
-"""The two passes of learnt feedback: one that is clean and heard, one with noise that learns.
+"""The clean pass of learnt feedback, which is heard, and what both passes share.
 
-In the clean pass the output of the head's last layer becomes a leaf, so that the tail's backward
-leaves the exact gradient there, and that of the loss at the network's outputs. In the noisy one
-each layer of the head runs with its input in hand: its own backward turns the error of its outputs
-into gradients of its weights, which are used at once; its outputs get their noise, and go on.
+Where the head ends, in front of the tail's modules and at the network's outputs, its activations
+become leaves: so the tail's backward leaves the exact gradient there, and that of the loss by the
+outputs. Nothing of what comes before is kept.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from elasticzo.forward.passes import Layer, Pass
 from elasticzo.head import HeadParameter
 
-Call = tuple[str, int]  # layer, which of its calls in a forward
-Take = Callable[[str, Tensor], None]
+Entry = tuple[str, int, int]  # module of the tail, which of its calls, which of its inputs
+Leaves = list[tuple[str, Tensor]]  # weights by name
 
 
 @dataclass
 class Heard:
-    """What a clean pass leaves for the noisy one: the inputs, which are the user's own, the
-    outputs `[1, B, ...]` by their places, and the leaves of the cut, where gradients will be."""
+    """What a clean pass leaves for the noisy one.
+
+    Attributes:
+        args, kwargs: the inputs, which are the user's own. versions: theirs and the outputs'.
+        generator: where the model draws from torch's, its state before the pass.
+        modes: `training` of every module.
+        outputs: `[1, B, ...]`, by their places; their gradients will be there.
+        cut: what the tail's modules read, likewise.
+        outer: weights of modules around the cut as leaves: what comes behind it is exact.
+    """
 
     args: Any
     kwargs: Any
+    versions: list[int]
     micro_batch: int
     first: int
-    generator: Tensor | None  # where the model draws from torch's: its state before the pass
+    samples: int
+    generator: Tensor | None
     autocast: torch.dtype | None
+    modes: tuple[bool, ...]
     outputs: dict[int, Tensor]
-    cut: list[Tensor]
-    uses: Counter[str]
+    cut: dict[Entry, Tensor]
+    outer: Leaves
 
-    def error(self) -> tuple[Tensor, Tensor]:
-        """Outputs and the loss's gradient by them, `[B, outputs]` each."""
-        given = [t for t in self.outputs.values() if t.grad is not None]
-        if not given or all(t.grad is None for t in self.cut):
+    def check(self, modules: list[nn.Module]) -> None:
+        """Raise RuntimeError where the second pass would not be that of the first one's network."""
+        if all(t.grad is None for t in self.outputs.values()):
             raise RuntimeError(
                 "learnt feedback needs the gradient of the loss by the outputs: call "
                 "model.backward(losses) on a loss that can be differentiated before zo.step(losses)"
             )
+        if versions((self.args, self.kwargs, self.outputs)) != self.versions:
+            raise RuntimeError(
+                "an input or output was written to between the forward and zo.step, which runs the "
+                "model once more: give each step's batch memory of its own"
+            )
+        if tuple(m.training for m in modules) != self.modes:
+            raise RuntimeError(
+                "the model was switched between train() and eval() between the forward and "
+                "zo.step, which runs it once more"
+            )
+
+    def error(self) -> tuple[Tensor, Tensor]:
+        """Outputs and the loss's gradient by them, `[B, outputs]` each."""
         outputs = list(self.outputs.values())
         errors = [torch.zeros_like(t) if t.grad is None else t.grad for t in outputs]
         return rows([t.detach() for t in outputs]), rows(errors)
 
+    def parts(self, count: int) -> Iterator[tuple[slice, Any, Any]]:
+        """(samples, their inputs) of so many parts of the batch; one where it cannot be cut."""
+        flat, spec = pytree.tree_flatten((self.args, self.kwargs))
+        inputs = [t for t in flat if isinstance(t, Tensor)]
+        can = all(t.dim() and len(t) == self.samples for t in (*inputs, *self.cut.values()))
+        step = self.samples
+        if can and self.generator is None:
+            step = -(-self.samples // count)
+        for first in range(0, self.samples, step):
+            here = slice(first, min(first + step, self.samples))
+            if step == self.samples:
+                yield slice(None), self.args, self.kwargs
+                continue
+            some = [t[here] if isinstance(t, Tensor) else t for t in flat]
+            yield here, *pytree.tree_unflatten(some, spec)
+
+
+def versions(tree: Any) -> list[int]:
+    """How often each tensor was written to; what inference mode made cannot tell."""
+    tensors = [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)]
+    return [t._version for t in tensors if not t.is_inference()]
+
 
 def rows(tensors: list[Tensor]) -> Tensor:
     """Outputs `[1, B, ...]` as one number each, `[B, outputs]`, in float32 at least."""
-    wide = [t[0].flatten(1).to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+    wide = [t[0].to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+    wide = [t.reshape(len(t), -1) for t in wide]
     return wide[0] if len(wide) == 1 else torch.cat(wide, 1)
 
 
@@ -68,7 +115,7 @@ def is_float(t: Any) -> bool:
 
 
 def floats(tree: Any) -> list[Tensor]:
-    return [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor) and t.is_floating_point()]
+    return [t for t in pytree.tree_leaves(tree) if is_float(t)]
 
 
 @dataclass
@@ -90,51 +137,122 @@ class Order:
 
 
 class Listener:
-    """What stands between a layer of the head and its module while a pass runs.
+    """What stands before the layers of the head, and the modules of the tail, while a pass runs.
 
     Attributes:
-        around: names of layers that have other layers of the head inside of them.
+        around: names of layers that have other layers of the head, or the tail, inside of them.
     """
 
     def __init__(self, around: set[str]) -> None:
         self.around = around
+        self.calls: Counter[str] = Counter()
 
-    def __call__(
+    def layer(
         self, current: Pass, layer: Layer, run: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
+        """A layer of the head is called."""
         raise NotImplementedError
+
+    def tail(self, name: str, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A module of the tail is called."""
+        raise NotImplementedError
+
+    def instead(self, t: Any) -> Any:
+        """What is read in place of a tensor from now on."""
+        raise NotImplementedError
+
+    def next_call(self, name: str) -> int:
+        self.calls[name] += 1
+        return self.calls[name] - 1
 
 
 class Clean(Listener):
-    """Hears who ran, and makes the output of the last layer a leaf.
+    """Makes leaves where the head ends; see `Heard` for what it has then."""
 
-    Attributes:
-        wanted: the call that was the last one in the first forward; None while that is not known.
-    """
-
-    def __init__(self, around: set[str], wanted: Call | None) -> None:
+    def __init__(self, around: set[str], inputs: Any) -> None:
         super().__init__(around)
-        self.wanted = wanted
-        self.cut: list[Tensor] = []
-        self.ran: list[Call] = []
-        self.uses: Counter[str] = Counter()
+        self.cut: dict[Entry, Tensor] = {}
+        self.outer: Leaves = []
+        self._inputs = {id(t) for t in pytree.tree_leaves(inputs)}
+        self._instead: dict[int, tuple[Tensor, Tensor]] = {}
 
-    @property
-    def last(self) -> Call | None:
-        return self.ran[-1] if self.ran else None
-
-    def __call__(
+    def layer(
         self, current: Pass, layer: Layer, run: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
-        output = run(*args, **kwargs)
-        self.uses.update(head.name for *_, head in parameters_of(layer))
         if layer.name in self.around:
-            return output
-        call = (layer.name, sum(name == layer.name for name, _ in self.ran))
-        self.ran.append(call)
-        if call != self.wanted:
-            return output
-        leaves, spec = pytree.tree_flatten(output)
-        leaves = [t.detach().requires_grad_() if is_float(t) else t for t in leaves]
-        self.cut = floats(leaves)
-        return pytree.tree_unflatten(leaves, spec)
+            with opened(current, layer) as leaves:
+                self.outer += leaves
+                return run(*args, **kwargs)
+        args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+        return run(*args, **kwargs)
+
+    def tail(self, name: str, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        call = self.next_call(name)
+        flat, spec = pytree.tree_flatten((args, kwargs))
+        for place, t in enumerate(flat):
+            if is_float(t):
+                flat[place] = self._end((name, call, place), self.instead(t))
+        args, kwargs = pytree.tree_unflatten(flat, spec)
+        return run(*args, **kwargs)
+
+    def _end(self, at: Entry, t: Tensor) -> Tensor:
+        if id(t) in self._inputs or (t.requires_grad and not self.outer):
+            return t  # the tail's own, or a leaf already
+        if t.requires_grad:  # of weights around the cut
+            t.retain_grad()
+            self.cut[at] = t
+            return t
+        leaf = self.cut[at] = t.detach().requires_grad_()
+        self._instead[id(t)] = (t, leaf)
+        return leaf
+
+    def instead(self, t: Any) -> Any:
+        return self._instead[id(t)][1] if id(t) in self._instead else t
+
+    def outputs(self, tree: Any) -> tuple[Any, dict[int, Tensor]]:
+        """The outputs with leaves where no gradient would come to, and all of them by places."""
+        flat, spec = pytree.tree_flatten(tree)
+        flat = [
+            t.detach().requires_grad_() if is_float(t) and not t.requires_grad else t for t in flat
+        ]
+        for t in floats(flat):
+            t.retain_grad()
+        return pytree.tree_unflatten(flat, spec), dict(enumerate(floats(flat)))
+
+
+class Instead(TorchFunctionMode):
+    """Functions of torch read what a listener has in place of their arguments."""
+
+    def __init__(self, listener: Listener) -> None:
+        super().__init__()
+        self.listener = listener
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = pytree.tree_map(self.listener.instead, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def opened(current: Pass, layer: Layer) -> Iterator[Leaves]:
+    """The weights of a layer as leaves while it reads them."""
+    put_back, leaves = [], []
+    for module, local, head in parameters_of(layer):
+        p = module._parameters[local]
+        # Of its data: a weight that moves leaves what other segments have saved of it usable.
+        with current.unwatched():
+            leaf = p.data.requires_grad_(head.scale != 0.0)
+        module._parameters[local] = leaf
+        if current.watch is not None:
+            current.watch.swap(leaf, head, head.name in current.watch.consumed)
+        current.swapped.add((id(module), local))
+        put_back.append((module, local, p))
+        if head.scale != 0.0:
+            leaves.append((head.name, leaf))
+    try:
+        yield leaves
+    finally:
+        for module, local, p in put_back:
+            module._parameters[local] = p
+            current.swapped.discard((id(module), local))
+        for module in {m for m, *_ in put_back if isinstance(m, torch.nn.RNNBase)}:
+            module._init_flat_weights()

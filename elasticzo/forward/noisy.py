@@ -11,25 +11,33 @@ kink between them and what comes after.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from elasticzo.feedback import Feedback
 from elasticzo.forward.layers.norms import NORMS
-from elasticzo.forward.listening import Call, Heard, Listener, Order, floats, parameters_of
+from elasticzo.forward.listening import (
+    Heard,
+    Instead,
+    Leaves,
+    Listener,
+    Order,
+    floats,
+    is_float,
+    opened,
+    parameters_of,
+)
 from elasticzo.forward.passes import Layer, Pass
 from elasticzo.head import HeadParameter
 from elasticzo.session import Session
 
 Take = Callable[[str, Tensor], None]
-Leaves = list[tuple[str, Tensor]]
 
 
 @dataclass
@@ -46,14 +54,20 @@ class Nodes:
     shape: torch.Size
     size: Tensor
 
+    @property
+    def inverse(self) -> Tensor:
+        """1 / s; 0 where there was nothing to add noise to (a layer that is dead)."""
+        return torch.where(self.size > 0, 1.0 / self.size, torch.zeros_like(self.size))
+
 
 @dataclass
 class Noisy(Listener):
     """Learns from the error of each segment, and adds noise to its nodes.
 
     Attributes:
-        error: `[B, outputs]`, as the matrices are told of it.
-        alone: whether this is the step's only micro-batch, so that weights move at once.
+        here: which samples of the forward run. error: theirs, `[B, outputs]`, as the matrices are
+            told of it.
+        alone: whether this is all of the step, so that weights move at once.
         gradients: those that wait, by name.
     """
 
@@ -62,7 +76,7 @@ class Noisy(Listener):
     session: Session
     backend: str
     heard: Heard
-    last: Call
+    here: slice
     order: Order
     error: Tensor
     alone: bool
@@ -71,68 +85,74 @@ class Noisy(Listener):
     noised: list[Nodes] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.calls, self._streams = Counter(), Counter[str]()
         self._leaves: Leaves = []  # of segments that have not ended
-        self._calls: dict[str, int] = {}
+        self._waiting: list[tuple[Nodes, Tensor, Leaves]] = []  # for the noise's own answer
         self._ends = 0
         self._fresh: list[weakref.ref[Tensor]] = []  # what the last layer returned
         self._ended: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}  # what is read instead
 
-    @contextmanager
-    def segments(self) -> Iterator[None]:
-        """While a pass runs; gradients that no end took are taken afterwards."""
-        with torch.enable_grad(), _Instead(self):
-            yield
-        self.order.known = True
+    def run(self, again: Callable[[], Any]) -> list[Tensor]:
+        """The pass, and its outputs."""
+        with torch.enable_grad(), Instead(self):
+            found = floats(again())
+            for place, heard in self.heard.outputs.items():  # the head may end there
+                t = self.instead(found[place])
+                self._cut(t, None if heard.grad is None else heard.grad[:, self.here])
+                found[place] = t.detach()
+        return [found[place] for place in self.heard.outputs]
+
+    def finish(self, change: Tensor) -> None:
+        """The pass is over, and changed the outputs by this: what waited for it is done, and
+        gradients that no end took are taken."""
+        for nodes, t, leaves in self._waiting:
+            m, xi = (
+                self.error @ self._matrix(nodes.key, nodes.head, nodes.shape[1]).t(),
+                self._xi(nodes),
+            )
+            c = (change * self.error).sum(1) * nodes.inverse
+            d = m + (c - (xi * m).sum(1)).unsqueeze(1) * xi
+            self._add(leaves, _gradients([t], leaves, [d.view(t.shape)], retain=True))
+        self._waiting.clear()
+        self.order.known = not self.settings.unbiased
         if self.alone:
             for name in list(self.gradients):
                 self.take(name, self.gradients.pop(name))
 
-    def __call__(
+    def layer(
         self, current: Pass, layer: Layer, run: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
-        call = (layer.name, self._calls.get(layer.name, 0))
-        self._calls[layer.name] = call[1] + 1
-        around = layer.name in self.around
+        call, around = self.next_call(layer.name), layer.name in self.around
         if not around and not self._goes_on(layer, args):
             args, kwargs = self._end_inputs(layer, call, args, kwargs)
-        with self._open(current, layer):
+        with opened(current, layer) as leaves:
+            self._leaves += leaves
             output = run(*args, **kwargs)
-        if around:
-            return output
-        self._fresh = [weakref.ref(t) for t in floats(output)]
-        return self._cut(output) if call == self.last else output
+        if not around:
+            self._fresh = [weakref.ref(t) for t in floats(output)]
+        return output
+
+    def tail(self, name: str, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The head ends in front of it: the errors of what it reads are exact."""
+        call = self.next_call(name)
+        flat, spec = pytree.tree_flatten((args, kwargs))
+        for place, t in enumerate(flat):
+            if is_float(t):
+                t, heard = self.instead(t), self.heard.cut.get((name, call, place))
+                self._cut(t, None if heard is None or heard.grad is None else heard.grad[self.here])
+                flat[place] = self.instead(t).detach()
+        args, kwargs = pytree.tree_unflatten(flat, spec)
+        with torch.no_grad():
+            return run(*args, **kwargs)
 
     def _goes_on(self, layer: Layer, args: Any) -> bool:
         """Normalisation of just what a layer returned belongs to its segment."""
         fresh = [ref() for ref in self._fresh]
         return isinstance(layer.module, NORMS) and bool(args) and any(args[0] is t for t in fresh)
 
-    @contextmanager
-    def _open(self, current: Pass, layer: Layer) -> Iterator[None]:
-        """The weights of a layer as leaves while it reads them."""
-        put_back = []
-        for module, local, head in parameters_of(layer):
-            p = module._parameters[local]
-            # Of its data: a weight that moves leaves what other segments have saved of it usable.
-            leaf = p.data.requires_grad_(head.scale != 0.0)
-            module._parameters[local] = leaf
-            current.swapped.add((id(module), local))
-            put_back.append((module, local, p))
-            if head.scale != 0.0:
-                self._leaves.append((head.name, leaf))
-        try:
-            yield
-        finally:
-            for module, local, p in put_back:
-                module._parameters[local] = p
-                current.swapped.discard((id(module), local))
-            for module in {m for m, *_ in put_back if isinstance(m, torch.nn.RNNBase)}:
-                module._init_flat_weights()
-
     # ---- ends of segments
 
     def instead(self, t: Any) -> Any:
-        """What is read in place of a tensor that ended a segment."""
         while isinstance(t, Tensor) and id(t) in self._ended:
             ref, other = self._ended[id(t)]
             if ref() is not t:
@@ -140,7 +160,7 @@ class Noisy(Listener):
             t = other
         return t
 
-    def _end_inputs(self, layer: Layer, call: Call, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    def _end_inputs(self, layer: Layer, call: int, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """The inputs of a layer, each the end of a segment where it is one."""
         args, kwargs = pytree.tree_map(self.instead, (args, kwargs))
         if isinstance(layer.module, torch.nn.RNNBase):  # states have no batch in front
@@ -149,61 +169,68 @@ class Noisy(Listener):
             read = floats((args, kwargs))
         batch, done = len(self.error), dict[int, Tensor]()
         for place, t in enumerate({id(t): t for t in read if t.requires_grad}.values()):
-            if t.dim() and t.shape[0] % batch == 0:
+            if t.dim() and t.shape[0] == batch:  # else its graph goes on through the layer
                 done[id(t)] = self._end(layer, call, place, t)
-                self._ended[id(t)] = (weakref.ref(t), done[id(t)])
+                self._replace(t, done[id(t)])
         args, kwargs = pytree.tree_map(lambda t: done.get(id(t), t), (args, kwargs))
         return args, kwargs
 
-    def _end(self, layer: Layer, call: Call, place: int, t: Tensor) -> Tensor:
+    def _cut(self, t: Tensor, d: Tensor | None) -> None:
+        """The head ends at `t`; weights around the cut have learnt of it in the clean pass."""
+        if not t.requires_grad:
+            return
+        if d is not None:
+            outer = {name for name, _ in self.heard.outer}
+            self._learn(t, d, [(name, w) for name, w in self._leaves if name not in outer])
+        self._replace(t, t.detach())
+
+    def _replace(self, t: Tensor, other: Tensor) -> None:
+        """From now on `other` is read where `t` is, as long as someone holds that."""
+        at = id(t)
+        self._ended[at] = (weakref.ref(t, lambda _: self._ended.pop(at, None)), other)
+
+    def _end(self, layer: Layer, call: int, place: int, t: Tensor) -> Tensor:
         head = parameters_of(layer)[0][2]
-        key, still = f"{call[0]}/{call[1]}/{place}", t.detach()
+        key, still = f"{layer.name}/{call}/{place}", t.detach()
         if self.settings.matrix == "zero":
-            self._close()
             return still
         flat = still.reshape(len(self.error), -1)
         m = self._matrix(key, head, flat.shape[1])
-        self._learn([t], [(self.error @ m.t()).view(t.shape)])
+        if not self.settings.unbiased:
+            self._learn(t, (self.error @ m.t()).view(t.shape), self._leaves)
         if self.settings.matrix != "learnt":
             return still
-        wide = flat.to(self.error.dtype)
-        size = self.settings.noise * wide.square().mean().sqrt()
-        nodes = Nodes(key, head, (call[1] << 8) + place, flat.shape, size)
+        size = self.settings.noise * flat.to(self.error.dtype).square().mean().sqrt()
+        nodes = Nodes(key, head, self._streams[head.name], flat.shape, size)
+        self._streams[head.name] += 1  # layers that share the weight count together
         self.noised.append(nodes)
+        if self.settings.unbiased:
+            self._waiting.append((nodes, t, list(self._leaves)))
         return still + (self._xi(nodes) * size).view(t.shape).to(t.dtype)
 
-    def _cut(self, output: Any) -> Any:
-        """The end of the head: its error is exact, and nothing is noised."""
-        flat, spec = pytree.tree_flatten(output)
-        pairs = zip(floats(flat), self.heard.cut, strict=True)
-        known = [(t, c.grad) for t, c in pairs if c.grad is not None and t.requires_grad]
-        if known:
-            self._learn(*([list(side) for side in zip(*known, strict=True)]))
-        torch.set_grad_enabled(False)  # until the pass is over
-        return pytree.tree_unflatten([t.detach() if t in floats([t]) else t for t in flat], spec)
-
-    def _learn(self, tensors: list[Tensor], errors: list[Any]) -> None:
-        """Errors of the end of a segment to gradients of its weights, by its own backward."""
+    def _learn(self, t: Tensor, d: Tensor, leaves: Leaves) -> None:
+        """The error of the end of a segment to gradients of weights, by its own backward."""
         end, self._ends = self._ends, self._ends + 1
-        leaves = [w for _, w in self._leaves]
-        errors = [d.to(t.dtype) for t, d in zip(tensors, errors, strict=True)]
         last = self.order.last
         left = not self.order.known or any(last.get(n, -1) > end for n, _ in self._leaves)
-        found = torch.autograd.grad(tensors, leaves, errors, retain_graph=left, allow_unused=True)
-        names = []
-        for (name, _), g in zip(self._leaves, found, strict=True):
-            if g is not None:
-                old = self.gradients.get(name)
-                self.gradients[name] = g if old is None else old + g
-                names.append(name)
+        names = self._add(leaves, _gradients([t], leaves, [d], retain=left))
         self.order.note(names, end)
         if self.order.known:
             self._close(end)
 
-    def _close(self, end: int | None = None) -> None:
+    def _add(self, leaves: Leaves, found: Sequence[Tensor | None]) -> list[str]:
+        """To what is known of the weights; their names."""
+        names = []
+        for (name, _), g in zip(leaves, found, strict=True):
+            if g is not None:
+                old = self.gradients.get(name)
+                self.gradients[name] = g if old is None else old + g
+                names.append(name)
+        return names
+
+    def _close(self, end: int) -> None:
         """Let go of weights that nothing more will be learnt of, and move them."""
-        last = self.order.last
-        done = {n for n, _ in self._leaves if end is None or last.get(n, -1) <= end}
+        done = {n for n, _ in self._leaves if self.order.last.get(n, -1) <= end}
         self._leaves = [(n, w) for n, w in self._leaves if n not in done]
         if self.alone:
             for name in done & self.gradients.keys():
@@ -216,6 +243,8 @@ class Noisy(Listener):
             at = (head, nodes, self.error, self.session.key, self.backend)
             self.session.learnt[key] = self.settings.begin(*at)
         found = self.session.learnt[key]
+        if found.dtype != self.error.dtype:  # the model was cast since
+            found = self.session.learnt[key] = found.to(self.error.dtype)
         if found.shape != (nodes, self.error.shape[1]):
             raise ValueError(
                 f"the matrix of {key!r} is {list(found.shape)}, but {nodes} nodes came for "
@@ -224,7 +253,8 @@ class Noisy(Listener):
         return found
 
     def _xi(self, one: Nodes) -> Tensor:
-        at = (one.head, one.shape, self.session.key, one.stream, self.heard.first, self.backend)
+        first = self.heard.first + (self.here.start or 0)
+        at = (one.head, one.shape, self.session.key, one.stream, first, self.backend)
         return self.settings.xi(*at).to(self.error.dtype)
 
     def answers(self, change: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -232,21 +262,18 @@ class Noisy(Listener):
         noise did it did not foretell, `[2]`: squares of `c - xi . M e`, and of `c`."""
         for one in self.noised:
             xi = self._xi(one)
-            answer = change / one.size.clamp(min=torch.finfo(change.dtype).tiny)
+            answer = change * one.inverse
             c = (answer * self.error).sum(1)
             foretold = ((xi @ self.session.learnt[one.key]) * self.error).sum(1)
             squares = torch.stack([(c - foretold).square().sum(), c.square().sum()])
             yield one.key, xi.t() @ answer, squares
 
 
-class _Instead(TorchFunctionMode):
-    """Functions of torch read what ended a segment without its graph and with its noise."""
-
-    def __init__(self, noisy: Noisy) -> None:
-        super().__init__()
-        self.noisy = noisy
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.noisy._ended:
-            args, kwargs = pytree.tree_map(self.noisy.instead, (args, kwargs))
-        return func(*args, **(kwargs or {}))
+def _gradients(
+    tensors: list[Tensor], leaves: Leaves, errors: list[Any], retain: bool
+) -> Sequence[Tensor | None]:
+    errors = [d.to(t.dtype) for t, d in zip(tensors, errors, strict=True)]
+    at = [w for _, w in leaves]
+    if not at:
+        return []
+    return torch.autograd.grad(tensors, at, errors, retain_graph=retain, allow_unused=True)

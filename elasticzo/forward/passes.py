@@ -30,6 +30,7 @@ class Layer:
         path: of products, "auto", "fused" or "staged", as the user wants.
         fusable: whether it has a fused kernel.
         kind: by whose noise its weights are learnt.
+        partners: layers that read one of its weights, too: they have its kind.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Layer:
     path: str = "auto"
     fusable: bool = False
     kind: Kind = WEIGHT
+    partners: list[Layer] = field(default_factory=list)
 
 
 @dataclass
@@ -60,15 +62,28 @@ class Kept:
     """What a layer keeps of a forward for the step: the mean of its inputs over the points.
 
     Attributes:
-        call: which of its calls in this forward. first: the number of its first sample.
+        call: which call in this forward of those that have this noise. first: the number of its
+            first sample.
+        head: whose noise the outputs have. own: its weights that learn by it, by local name.
         shape: of its outputs, of all samples `[B, ...]`.
     """
 
     layer: Layer
     call: int
     first: int
+    head: HeadParameter
+    own: dict[str, HeadParameter]
     shape: torch.Size
     x: Tensor
+    version: int = 0
+
+    def check(self) -> None:
+        """Raise RuntimeError where the input was written to since."""
+        if not self.x.is_inference() and self.x._version != self.version:
+            raise RuntimeError(
+                f"an input of {self.layer.name!r} was written to between the forward and zo.step, "
+                "which learns from it: give each step's batch memory of its own"
+            )
 
 
 @dataclass
@@ -100,8 +115,9 @@ class Pass:
     kinds: dict[str, Kind] = field(default_factory=dict)
     batch: int | None = None
     first: int = 0
+    offset: int = 0  # of the first sample in its forward, where a part of it runs again
     kept: dict[tuple[str, int], Kept] = field(default_factory=dict)
-    listener: Callable[..., Any] | None = None  # of learnt feedback: stands before each layer
+    listener: Any = None  # of learnt feedback: stands before each layer
 
     @property
     def key(self) -> Tensor:
@@ -169,8 +185,7 @@ class Pass:
 
     def settle(self, layer: Layer, kind: Kind) -> None:
         """What "auto" came to."""
-        layer.kind = kind
-        self.kinds.update(dict.fromkeys((h.name for h in layer.head.values()), kind))
+        learn_by(self.kinds, layer, kind)
 
     @contextmanager
     def unwatched(self) -> Iterator[None]:
@@ -199,8 +214,16 @@ class Pass:
         stacked, version, half = self.batched.get(id(x), (None, 0, None))
         return half if stacked is x and x._version == version else None
 
-    def next_call(self, module: nn.Module) -> int:
-        """How often `module` was called before in this half: distinguishes reused modules."""
-        at = (id(module), self.half)
+    def next_call(self, of: object) -> int:
+        """How often this was called before in this half: distinguishes reused modules."""
+        at = (id(of), self.half)
         self.calls[at] = self.calls.get(at, -1) + 1
         return self.calls[at]
+
+
+def learn_by(kinds: dict[str, Kind], layer: Layer, kind: Kind) -> None:
+    """From now on the weights of a layer, and of those that share one with it, are learnt by noise
+    of this kind."""
+    for one in [layer, *layer.partners]:
+        one.kind = kind
+        kinds.update(dict.fromkeys((h.name for h in one.head.values()), kind))

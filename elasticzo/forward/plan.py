@@ -19,7 +19,7 @@ from elasticzo.forward.layers.norms import NORMS
 from elasticzo.forward.layers.sequence import is_sequential, run_sequence
 from elasticzo.forward.layers.weights import why_not_fused
 from elasticzo.forward.layers.whole import CLOSED, run_whole
-from elasticzo.forward.passes import Layer
+from elasticzo.forward.passes import Layer, learn_by
 from elasticzo.head import (
     BY_SAMPLE,
     Head,
@@ -187,7 +187,25 @@ def _choose_kinds(plan: Plan, head: Head, directions: str | Mapping[str, str]) -
             )
         assert isinstance(layer.call, Handler)
         layer.kind = layer.call.kind_of(asked.pop())
-        learn_by(head, layer, layer.kind)
+    _share_weights(plan)
+    for layer in plan.layers.values():
+        if layer.head and served >= {h.name for h in layer.head.values()}:
+            learn_by(head.kinds, layer, layer.kind)
+
+
+def _share_weights(plan: Plan) -> None:
+    """Layers that read the same weight learn it by noise of one kind: a product's and a table's
+    of their outputs."""
+    layers = [layer for layer in plan.layers.values() if layer.head]
+    for layer in layers:
+        mine = {h.name for h in layer.head.values()}
+        others = [o for o in layers if mine & {h.name for h in o.head.values()} and o is not layer]
+        layer.partners += others
+        kinds = {o.kind.name for o in (layer, *others)}
+        if len(kinds) > 1:
+            kind = "weight" if "weight" in kinds else "node"
+            for one in (layer, *others):
+                one.kind = Kind(kind, "several layers read it")
 
 
 def _all_by_feedback(plan: Plan, head: Head, wanted: Mapping[str, str]) -> None:
@@ -207,21 +225,16 @@ def _all_by_feedback(plan: Plan, head: Head, wanted: Mapping[str, str]) -> None:
         layer.kind = Kind("feedback")
 
 
-def around(plan: Plan) -> set[str]:
-    """Names of layers with weights of the head that have others inside of them."""
+def around(plan: Plan, cut: Cut) -> set[str]:
+    """Names of layers with weights of the head that have others, or the tail, inside of them."""
     names = [name for name, layer in plan.layers.items() if layer.head or layer.swaps]
+    inside = [*names, *cut.tail_parameters]
     return {
         name
         for name in names
-        for other in names
+        for other in inside
         if other != name and (not name or other.startswith(f"{name}."))
     }
-
-
-def learn_by(head: Head, layer: Layer, kind: Kind) -> None:
-    """From now on the weights of a layer are learnt by noise of this kind."""
-    layer.kind = kind
-    head.kinds |= dict.fromkeys((h.name for h in layer.head.values()), kind)
 
 
 def _own(module: nn.Module, by_id: Mapping[int, HeadParameter]) -> dict[str, HeadParameter]:

@@ -162,6 +162,7 @@ def _step(
     for p in tail:
         p.grad = None
     zo.step(losses)
+    tracker.note(list(twin.session.learnt.values()), "optimizer")  # from the first step on
     return tracker.restart()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from elasticzo.directions import Move, apply_, rows_stay
 from elasticzo.head import Target
-from elasticzo.losses import check_losses
+from elasticzo.losses import as_losses, check_losses
 from elasticzo.module import ZOModule
 from elasticzo.optim.groups import (
     check_groups,
@@ -56,6 +56,8 @@ class HeadOptimizer(Step, torch.optim.Optimizer):  # type: ignore[misc]  # of `s
             raise TypeError(f"model must be an ElasticZO, got {type(model).__name__}")
         if clip is not None and not clip > 0.0:
             raise ValueError(f"clip must be > 0 or None, got {clip}")
+        if clip is not None and model.estimator.feedback is not None:
+            raise ValueError(f"clip bounds g, which learnt feedback does not have: got {clip}")
         self.model, self.clip, self.defer = model, clip, defer
         self.log: Log | None = None
         self._last_read_skips = 0
@@ -206,15 +208,7 @@ class HeadOptimizer(Step, torch.optim.Optimizer):  # type: ignore[misc]  # of `s
 
     def _take(self, losses: Any) -> Tensor:
         model = self.model
-        if losses is None:
-            raise TypeError("zo.step needs the losses of the halves: zo.step(losses)")
-        if callable(losses):
-            raise TypeError("zo.step takes losses, not a closure")
-        if not isinstance(losses, Tensor):
-            losses = torch.as_tensor(losses, dtype=torch.float64)
-        losses = losses.detach()
-        if not losses.is_floating_point():
-            losses = losses.to(torch.float64)
+        losses = as_losses(losses)
         check_losses(losses, model.halves, model.session.samples if model.reduction else None)
         if losses.dtype.itemsize < 4 and not (self._warned or model.cut.everything):
             self._warned = True
@@ -356,8 +350,6 @@ class HeadOptimizer(Step, torch.optim.Optimizer):  # type: ignore[misc]  # of `s
         model.flush()
         state = super().state_dict()
         here = {"seed": model.seed, "step": model.step_index, **model.session.saved()}
-        if self.model.estimator.feedback is not None:
-            here["learnt"] = {name: t.clone() for name, t in model.session.learnt.items()}
         state["zo"] = here | self._fixed()
         return state
 
@@ -373,8 +365,6 @@ class HeadOptimizer(Step, torch.optim.Optimizer):  # type: ignore[misc]  # of `s
         check_saved(of, state_dict, ("state", "param_groups", "zo"), fixed, more=True)
         saved, now = state_dict["zo"], self._fixed()
         numbers = ("seed", "step", *model.session.saved())
-        if model.estimator.feedback is not None:
-            numbers = (*numbers, "learnt")
         check_saved(f"{of} under 'zo'", saved, (*numbers, *now), now)
         model.session.check(saved)
         check_groups(of, state_dict["param_groups"], self._entries)
@@ -388,9 +378,6 @@ class HeadOptimizer(Step, torch.optim.Optimizer):  # type: ignore[misc]  # of `s
         self._cached = None
         model.go_to(saved["seed"], saved["step"])
         model.session.load(saved)
-        device = model.session.device
-        learnt = saved.get("learnt", {})
-        model.session.learnt = {name: t.to(device, copy=True) for name, t in learnt.items()}
         self._last_read_skips = saved["skipped"]
 
     counted: tuple[str, ...] = ()  # what `state_of` keeps besides

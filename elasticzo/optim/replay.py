@@ -20,6 +20,11 @@ def replayer(model: ZOModule, header: Mapping[str, Any]) -> Callable[[Mapping[st
     """
     if header["format"] != FORMAT:
         raise ValueError(f"expected a log of format {FORMAT}, got {header['format']!r}")
+    if header.get("estimator", {}).get("name") == "feedback":
+        raise ValueError(
+            "the run learnt by feedback: its updates depend on the batches and on the tail, which "
+            "a log does not have; go on from a checkpoint instead"
+        )
     skips = model.session.skips.clone()
     zo = _optimizer(model, header)
     model.session.skips.copy_(skips)  # a replay is no run of its own

@@ -180,6 +180,56 @@ def test_one_bad_sample_skips_the_step(kind: str) -> None:
     assert not model.session.kept and model.session.samples == 0
 
 
+def test_tied_weights_sum_what_each_layer_learns() -> None:
+    """A table and a product of one weight: the mean estimate is the whole gradient, n = 400 steps,
+    5 sigma, stacked; alone each layer's part would be missing or doubled."""
+    torch.manual_seed(0)
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.out = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+            self.out.weight = self.embed.weight
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            y: Tensor = self.out(torch.tanh(self.embed(tokens)))
+            return y
+
+    net, tokens = Tied().double(), torch.tensor([0, 1, 1, 3])
+    v = torch.randn(4, 5, dtype=torch.float64)
+    true = torch.autograd.grad((net(tokens) * v).sum() / 4, net.embed.weight)[0]
+    onto = torch.randn_like(true)
+    for kind in ("sample", "node", "auto"):
+        model = ElasticZO(copy.deepcopy(net), 0, eps=1e-4, directions=kind).train()
+        assert {k.name for k in model.directions.values()} == {"node"}
+        zo, start = ZOSGD(model, lr=1.0), weights(model)[0]
+        found = []
+        for _ in range(400):
+            zo.step((model(tokens) * v).sum(2))
+            found.append(((start - weights(model)[0]) * onto).sum())
+            with torch.no_grad():
+                next(model.head_parameters()).copy_(start)
+        t = torch.stack(found)
+        assert (t.mean() - (true * onto).sum()).abs() <= 5 * t.std() / 400**0.5
+
+
+@pytest.mark.parametrize("pairing", ["stacked", "sequential"])
+def test_what_nodes_learn_from_must_stay(pairing: str) -> None:
+    model, inputs = wrapped("padding", "node", pairing)
+    losses = losses_of(model, model(*inputs)).detach()
+    inputs[0].zero_()
+    with pytest.raises(RuntimeError, match="memory of its own"):
+        ZOSGD(model, lr=0.1).step(losses)
+
+
+def test_one_sided_nodes_keep_the_clean_input_too() -> None:
+    one, inputs = wrapped("input_twice", "node", estimator=one_sided(2))
+    other, _ = wrapped("input_twice", "node", "sequential", estimator=one_sided(2))
+    train(one, inputs, steps=1)
+    train(other, inputs, steps=1)
+    same(one, other, exact=False)
+
+
 def test_each_sample_is_clipped() -> None:
     model, inputs = wrapped("input_twice", "sample")
     out, losses = model(*inputs), torch.zeros(2, 6, dtype=torch.float64)

@@ -63,6 +63,7 @@ def dropout(current: Pass, layer: Layer, x: Tensor) -> Tensor:
         tensor=layer.stream,
         query=((current.micro_batch << CALL_BITS) + call) % (1 << 24),
         noise="bits",
+        first_row=current.offset,
         purpose="dropout",
         backend=current.backend,
     )

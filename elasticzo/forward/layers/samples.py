@@ -87,7 +87,9 @@ def rank_one(
 
 def add_noise(current: Pass, layer: Layer, x: Tensor, y: Tensor) -> Tensor:
     """The outputs `y` of a product at `w`, and what the noise of its kind adds to them."""
-    if not current.staging.perturbs:
+    if not current.staging.points.halves or (
+        layer.kind.name != "node" and not current.staging.perturbs
+    ):
         return y
     with torch.autocast(x.device.type, enabled=False):
         if layer.kind.name == "node":
@@ -175,14 +177,15 @@ def _add_outer(m: Any, y: Tensor, v: Tensor, r: Tensor) -> Tensor:
 
 def add_nodes(current: Pass, layer: Layer, x: Tensor, y: Tensor) -> Tensor:
     """The outputs `y` at `w`, and noise on them; the layer keeps its input for the step."""
-    if not current.staging.perturbs:
+    if not current.staging.points.halves:
         return y
     samples, n = count_samples(current, layer, x), current.count
-    head = node_head(current, layer)
-    if head is None:
+    own = {h: perturbed(current, layer, h) for h in layer.head}
+    found = {local: one for local, one in own.items() if one is not None}
+    if not found:
         return y
-    call = current.next_call(layer.module)
-    kept = keep(current, layer, call, samples, x, y)
+    head = found.get("weight") or found["bias"]
+    kept = keep(current, layer, head, found, samples, x, y)
     amount = current.staging.eps * (head.scale * node_unit(layer.module))
     wide = torch.promote_types(y.dtype, torch.float32)
     parts, made = [], {}
@@ -191,20 +194,11 @@ def add_nodes(current: Pass, layer: Layer, x: Tensor, y: Tensor) -> Tensor:
             query, sign = side
             if query not in made:
                 made[query] = node_noise(
-                    current.samples.noise, kept, head, current.key, query, current.backend
+                    current.samples.noise, kept, current.key, query, current.backend
                 ).to(wide) * amount.to(wide)
             part = torch.add(part, made[query].to(y.dtype), alpha=sign)
         parts.append(part)
     return torch.cat(parts)
-
-
-def node_head(current: Pass | None, layer: Layer) -> HeadParameter | None:
-    """Whose number the noise of a layer's outputs has: its weight's, else its bias's."""
-    for local in ("weight", "bias"):
-        head = layer.head.get(local) if current is None else perturbed(current, layer, local)
-        if head is not None and head.scale != 0.0:
-            return head
-    return None
 
 
 def node_unit(m: Any) -> float:
@@ -214,10 +208,9 @@ def node_unit(m: Any) -> float:
     return math.sqrt(m.weight[0].numel())
 
 
-def node_noise(
-    noise: str, kept: Kept, head: HeadParameter, key: Tensor, query: int, backend: str
-) -> Tensor:
+def node_noise(noise: str, kept: Kept, key: Tensor, query: int, backend: str) -> Tensor:
     """`n_i [B, ...]` of one call: an element for each of the outputs."""
+    head = kept.head
     if kept.call >= MAX_CALLS or query >= 1 << CALL_SHIFT:
         raise ValueError(
             f"node directions serve {MAX_CALLS} calls of a layer in a forward and "
@@ -227,15 +220,24 @@ def node_noise(
     stream = query + (kept.call << CALL_SHIFT)
     z = draw(noise, kept.shape, head, key, stream, backend, "node", first_row=kept.first)
     still = head.still_row
-    if still is not None:  # a padding token learns nothing
-        z = z * (kept.x != still).unsqueeze(-1)
+    if still is not None and isinstance(kept.layer.module, nn.Embedding):
+        z = z * (kept.x != still).unsqueeze(-1)  # a padding token learns nothing
     return z
 
 
-def keep(current: Pass, layer: Layer, call: int, samples: int, x: Tensor, y: Tensor) -> Kept:
+def keep(
+    current: Pass,
+    layer: Layer,
+    head: HeadParameter,
+    own: dict[str, HeadParameter],
+    samples: int,
+    x: Tensor,
+    y: Tensor,
+) -> Kept:
     """Add the inputs that came now to the mean over the points; tokens are the same at all."""
+    call = current.next_call(head)  # layers that share the weight count together
     n, shape = current.count, torch.Size([samples, *y.shape[1:]])
-    kept, shared = current.kept.get((layer.name, call)), current.original(x)
+    kept, shared = current.kept.get((head.name, call)), current.original(x)
     one = x.detach() if shared is None else shared.detach()
     if shared is None and n > 1:
         one = one.view(n, samples, *x.shape[1:])
@@ -243,9 +245,11 @@ def keep(current: Pass, layer: Layer, call: int, samples: int, x: Tensor, y: Ten
     if kept is None:
         if n < current.halves and x.is_floating_point():
             one = one * (n / current.halves)
-        kept = current.kept[layer.name, call] = Kept(layer, call, current.first, shape, one)
+        kept = Kept(layer, call, current.first, head, own, shape, one)
+        current.kept[head.name, call] = kept
     elif x.is_floating_point():
         kept.x = kept.x + one * (n / current.halves)
+    kept.version = 0 if kept.x.is_inference() else kept.x._version
     return kept
 
 

@@ -18,7 +18,7 @@ from elasticzo.forward.layers import samples, staged
 from elasticzo.forward.layers.registry import serves
 from elasticzo.forward.passes import Layer, Pass
 from elasticzo.forward.precision import compute_dtype, precision_of, vendor_precision
-from elasticzo.head import Kind
+from elasticzo.head import BY_SAMPLE, Kind
 from zo_kernels import paired_conv1d, paired_conv2d, paired_linear
 from zo_kernels.paths import Work, choose
 
@@ -40,7 +40,7 @@ def product(current: Pass, layer: Layer, x: Tensor) -> Tensor:
 def _product(current: Pass, layer: Layer, x: Tensor) -> Tensor:
     m: Any = layer.module
     dtype = compute_dtype(x.device, current.wanted)
-    if layer.kind.name not in ("weight", "feedback"):
+    if layer.kind.name in BY_SAMPLE or (layer.kind.name == "rank1" and _thin(current, m, x)):
         return _with_noise(current, layer, x, dtype)
     if layer.fusable and path_of(current, layer, x, dtype) == "fused":
         with current.unwatched():
@@ -55,6 +55,14 @@ def _product(current: Pass, layer: Layer, x: Tensor) -> Tensor:
     if half is not None and staged.shares_input(m):
         run, x = staged.conv_of_shared, half  # the model's input as it came: read once for all
     return _call(current, run, m, x, parameters, current.count, dtype)
+
+
+def _thin(current: Pass, m: Any, x: Tensor) -> bool:
+    """Whether a direction of rank one is cheaper as a thin product beside that of all halves, which
+    costs a pass over the outputs, than as halves of the weight."""
+    channels = x.shape[-1] if isinstance(m, nn.Linear) else x.shape[1]
+    rows = x.numel() // (current.count * max(channels, 1))  # places of all samples of a half
+    return bool(m.weight[0].numel() > rows)
 
 
 def _call(
@@ -140,6 +148,7 @@ def path_of(current: Pass, layer: Layer, x: Tensor, dtype: torch.dtype | None) -
     computed = dtype or w.dtype
     possible = (
         current.staging.kernels
+        and layer.kind.name == "weight"
         and not (torch.is_grad_enabled() and x.requires_grad)
         and _perturbed_whole(current, layer)
         and {x.dtype, w.dtype, computed} <= set(FUSED_DTYPES)
@@ -243,6 +252,8 @@ def _chunks(current: Pass, layer: Layer, dtype: torch.dtype | None) -> int:
     if current.backend != "triton" or "weight" not in layer.head or not current.staging.kernels:
         return 1
     if current.watch is not None or not _perturbed_whole(current, layer):
+        return 1
+    if layer.kind.name != "weight":
         return 1
     size = current.count * m.weight.numel() * (dtype or m.weight.dtype).itemsize
     return int(-(-size // CHUNK_BYTES))
