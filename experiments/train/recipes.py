@@ -117,10 +117,12 @@ RECIPES: Mapping[str, Mapping[str, Recipe]] = {
 }
 
 
-# What changes where the head is not learnt by noise of its own elements.
+# What changes where the head is not learnt by noise of its own elements: two epochs of lenet5 on
+# MNIST chose the rates of auto and feedback (docs/decisions.md, "The training command"), which
+# sample and node, the controls of feedback, and resnet20 and pointnet have untuned.
 BY_SAMPLE: Mapping[str, Any] = {
     "noise": "rademacher",
-    "eps": 1e-2,
+    "eps": 1e-2,  # of feedback it decides nothing
     "scale": {},
     "clip": math.inf,
     "head_optimizer": "adam",
@@ -129,24 +131,24 @@ BY_SAMPLE: Mapping[str, Any] = {
     "tail_lr": rates(adam=1e-3),
     "tail_warmup": 0.0,
 }
-BY_FEEDBACK = {**BY_SAMPLE, "head_lr": 1e-3}
 DIRECTIONS: Mapping[str, Mapping[str, Any]] = {
     "weight": {},
     "rank1": {"noise": "rademacher"},
-    "sample": BY_SAMPLE,
-    "node": BY_SAMPLE,
-    "auto": BY_SAMPLE,
-    "feedback": BY_FEEDBACK,
-    "feedback-zero": BY_FEEDBACK,
-    "feedback-random": BY_FEEDBACK,
+    **dict.fromkeys(("sample", "node", "auto"), BY_SAMPLE),
+    **dict.fromkeys(("feedback", "feedback-zero", "feedback-random"), BY_SAMPLE),
 }
+# With no tail that follows the head, more: 92.2 and 91.5 % (two seeds) against 91.0 and 89.4.
+FULL_ZO_LR = dict.fromkeys(("sample", "node", "auto"), 4e-3)
 
 
 def recipe_of(model: str, method: str, directions: str | None) -> Recipe:
     """The settings of a method whose head is learnt so; None is the paper's way."""
     own = RECIPES[model][method]
     kind = directions or own.directions
-    return replace(own, directions=kind, **DIRECTIONS[kind])
+    changes = dict(DIRECTIONS[kind])
+    if method == "full-zo" and kind in FULL_ZO_LR:
+        changes["head_lr"] = FULL_ZO_LR[kind]
+    return replace(own, directions=kind, **changes)
 
 
 @dataclass(frozen=True)
