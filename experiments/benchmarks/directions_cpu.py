@@ -47,6 +47,8 @@ class Config:
 
     batch: int = 256
     """Images a step of LeNet-5."""
+    kinds: tuple[str, ...] = tuple(KINDS)
+    """Which of them, by name."""
     rounds: int = 60
     """Timed rounds; each runs every kind once."""
     threads: int = 2
@@ -85,7 +87,8 @@ def step_of(kind: Any, tail: Any, x: Tensor, y: Tensor) -> Callable[[], None]:
     return step
 
 
-def time_and_operations(batch: int, rounds: int) -> dict[str, dict[str, float]]:
+def time_and_operations(config: Config) -> dict[str, dict[str, float]]:
+    batch = config.batch
     x, y = torch.randn(batch, 1, 28, 28), torch.randint(0, 10, (batch,))
     plain = LeNet5().eval()
 
@@ -95,10 +98,10 @@ def time_and_operations(batch: int, rounds: int) -> dict[str, dict[str, float]]:
             plain(x)
 
     steps: dict[str, Callable[[], None]] = {"two forwards": two_forwards}
-    steps |= {f"{name}, full": step_of(kind, 0, x, y) for name, kind in KINDS.items()}
-    steps |= {f"{name}, cls2": step_of(kind, ["fc3"], x, y) for name, kind in KINDS.items()}
+    for cut, tail in (("full", 0), ("cls2", ["fc3"])):
+        steps |= {f"{name}, {cut}": step_of(KINDS[name], tail, x, y) for name in config.kinds}
     runs = {name: (lambda i, run=run: run()) for name, run in steps.items()}
-    times = in_turn(runs, range(rounds + 5), warm_up=5)
+    times = in_turn(runs, range(config.rounds + 3), warm_up=3)
     found = {}
     for name, run in steps.items():
         with Operations() as counted:  # type: ignore[no-untyped-call]
@@ -133,7 +136,7 @@ def predicted(batch: int) -> dict[str, dict[str, int]]:
 def main(config: Config) -> None:
     torch.set_num_threads(config.threads)
     console = Console(highlight=False)
-    steps = time_and_operations(config.batch, config.rounds)
+    steps = time_and_operations(config)
     memory = predicted(config.batch) if config.memory else {}
     table = Table("step", "ms", "over two forwards", "operations")
     for name, row in steps.items():
