@@ -21,6 +21,7 @@ from experiments.train.fields import fields_of
 from experiments.train.folder import CHECKPOINT, TRAJECTORY
 from experiments.train.inputs import float_inputs, int8_inputs
 from experiments.train.learner import FloatLearner, Int8Learner, learner_for
+from experiments.train.network import build_network
 from experiments.train.recipes import METHODS
 from experiments.train.resolve import identity, resolve
 from experiments.train.run import Run
@@ -190,3 +191,28 @@ def test_learns_shapes(tmp_path: Path) -> None:
         out=tmp_path / "run",
     )).go()  # fmt: skip
     assert result["test_accuracy"] >= 50.0  # chance is 10
+
+
+@pytest.mark.parametrize("directions", ["auto", "feedback"])
+def test_learns_by_other_directions(clouds: TrainConfig, directions: Any) -> None:
+    """And goes on where it stood, batch norm and augmentation included."""
+    config = resolve(replace(clouds, directions=directions))
+    data = load_data(config)
+    whole, parts = FloatLearner(config, data), FloatLearner(config, data)
+    parts.step()
+    state = parts.state()
+    parts = FloatLearner(config, data)
+    parts.load(state)
+    parts.step()
+    for _ in range(2):
+        whole.step()
+    for name, w in whole.state()["model"].items():
+        assert torch.equal(w, parts.state()["model"][name]), name
+    assert whole.skipped == 0
+    moved = {n for n, w in whole.state()["model"].items() if not torch.equal(w, first(config)[n])}
+    assert {n for n, _ in whole.model.named_parameters()} <= {f"module.{n}" for n in moved}
+
+
+def first(config: TrainConfig) -> dict[str, Any]:
+    """The weights before the first step."""
+    return dict(build_network(config).state_dict())
