@@ -278,7 +278,9 @@ class ElasticZO(ZOModule):
         """Backpropagate the "mean" of the losses `[2Q]`, or `[2Q, B]` by sample ("plus" / "minus":
         of those halves), or the scalar loss of a `clean_forward`, into the tail; note on the device
         what is not finite."""
-        samples = losses.shape[-1] if losses.dim() == 2 else self.session.samples
+        samples = self.session.samples
+        if isinstance(losses, Tensor) and losses.dim() == 2:  # of this micro-batch
+            samples = losses.shape[1]
         check_losses(losses, self.halves, samples if self.reduction else None)
         self.session.note_losses(all_finite(losses, source))
         if losses.dim() == 2:

@@ -92,8 +92,8 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
     "purpose": (
         lambda: call_sample(purpose="fun"),
         ValueError,
-        "purpose must be one of ('noise', 'rounding', 'dropout', 'data', 'left', 'right'), "
-        "got 'fun'",
+        "purpose must be one of ('noise', 'rounding', 'dropout', 'data', 'left', 'right', "
+        "'sample_left', 'sample_right', 'node'), got 'fun'",
     ),
     "p_zero-negative": (
         lambda: call_sample(p_zero=-0.1),
