@@ -5,6 +5,7 @@ Of a layer with outputs y_i of sample i (its nodes), network outputs o_i, e_i = 
     d_i = M e_i                                  the error of the nodes, where M ~ (d o / d y)^T
     y'_i = y_i + s xi_i, s = noise * rms(y)      in a second pass, xi signs of the counter noise
     M <- (1 - beta) M + beta / (B s) sum_i xi_i (o'_i - o_i)^T,   beta = max(beta, 1 / step)
+    or  M <- M + b / (B s) sum_i xi_i r_i^T,   r = o' - o - sum_l s_l xi_l M_l,   b = B / N at most
 
 Two passes, and no activation is kept between them. d is biased (a mean Jacobian, not the sample's);
 `d_i + (c_i - xi_i . d_i) xi_i` with `c_i = e_i . (o'_i - o_i) / s` is not.
@@ -33,7 +34,10 @@ class Feedback:
         matrix: "learnt"; "random" is fixed signs (direct feedback alignment), "zero" none at all:
             of the head its last layer alone learns, by the exact gradient. Both are controls.
         noise: size of the noise on a layer's outputs, relative to their root mean square.
-        beta: what a step weighs in M at least.
+        fit: "mean", the running mean of each layer's own answer, or "residual": of what all
+            matrices together (of N nodes) did not foretell, so that layers do not hear each
+            other's noise.
+        beta: what a step weighs in the mean at least; the residual's is 0.4 B / N.
         unbiased: whether the noise's own answer corrects d; the inputs of the layers are then
             kept until the end of the second pass.
         parts: of the batch that run the second pass one after the other, so that a segment's
@@ -47,6 +51,7 @@ class Feedback:
     matrix: str = "learnt"
     noise: float = 0.1
     beta: float = 0.01
+    fit: str = "mean"
     unbiased: bool = False
     parts: int = 1
     width: int = 512
@@ -54,6 +59,8 @@ class Feedback:
     def __post_init__(self) -> None:
         if self.matrix not in MATRICES:
             raise ValueError(f"matrix must be one of {MATRICES}, got {self.matrix!r}")
+        if self.fit not in ("mean", "residual"):
+            raise ValueError(f"fit must be 'mean' or 'residual', got {self.fit!r}")
         positive = "a finite number > 0"
         check_number("noise", self.noise, positive, lambda v: 0.0 < v < float("inf"))
         check_number("beta", self.beta, "in (0, 1]", lambda v: 0.0 < v <= 1.0)
@@ -91,6 +98,10 @@ class Feedback:
         signs = draw("rademacher", (outputs, self.width), nobody, of_run, 0, to, "right")
         return signs.to(like.dtype).mul_(self.width**-0.5)
 
-    def weight(self, steps: Tensor) -> Tensor:
-        """beta of a step after so many: `[]`."""
-        return torch.clamp(1.0 / (steps + 1.0), min=self.beta)
+    def moved(self, m: Tensor, move: Tensor, steps: Tensor, share: float) -> Tensor:
+        """M after a step, the one after so many; `share`: samples a node, B / N."""
+        one = 1.0 / (steps + 1.0)
+        if self.fit == "mean":
+            return m.lerp(move, torch.clamp(one, min=self.beta).to(m.dtype))
+        share = min(share, 1.0)
+        return m + move * torch.clamp(one, 0.4 * share, share).to(m.dtype)

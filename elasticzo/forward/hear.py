@@ -71,7 +71,7 @@ def learn_by_feedback(
 
 
 def _move(engine: Engine, moves: dict[str, Tensor], samples: int, goes: Tensor) -> None:
-    """`M <- (1 - beta) M + beta / B sum`, where the step is not skipped."""
+    """One step of all matrices, where it is not skipped."""
     session, settings = engine.session, engine.feedback
     assert settings is not None
     if not moves:
@@ -79,9 +79,9 @@ def _move(engine: Engine, moves: dict[str, Tensor], samples: int, goes: Tensor) 
     if COUNT not in session.learnt:
         session.learnt[COUNT] = torch.zeros((), dtype=torch.float64, device=session.device)
     steps = session.learnt[COUNT]
-    beta = settings.weight(steps)
+    share = samples / sum(len(move) for move in moves.values())
     for name, move in moves.items():
         m = session.learnt[name]
-        new = m.lerp(move.to(m.dtype) / samples, beta.to(m.dtype))
+        new = settings.moved(m, move.to(m.dtype) / samples, steps, share)
         m.copy_(torch.where(goes & torch.isfinite(new).all(), new, m))
     steps.add_(goes.to(steps.dtype))

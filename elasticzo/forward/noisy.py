@@ -258,15 +258,19 @@ class Noisy(Listener):
         return self.settings.xi(*at).to(self.error.dtype)
 
     def answers(self, change: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """For each matrix: its name, `sum_i xi_i (o'_i - o_i)^T / s`, and how much of what the
-        noise did it did not foretell, `[2]`: squares of `c - xi . M e`, and of `c`."""
+        """For each matrix: its name, `sum_i xi_i r_i^T / s` of what is fitted (see `Feedback`), and
+        how much of what the noise did it did not foretell, `[2]`: squares of `c - xi . M e`, and of
+        `c`."""
+        if self.settings.fit == "residual":
+            foretold = [self._xi(k) @ self.session.learnt[k.key] * k.size for k in self.noised]
+            rest = change - torch.stack(foretold).sum(0) if foretold else change
         for one in self.noised:
             xi = self._xi(one)
-            answer = change * one.inverse
-            c = (answer * self.error).sum(1)
-            foretold = ((xi @ self.session.learnt[one.key]) * self.error).sum(1)
-            squares = torch.stack([(c - foretold).square().sum(), c.square().sum()])
-            yield one.key, xi.t() @ answer, squares
+            c = (change * self.error).sum(1) * one.inverse
+            own = ((xi @ self.session.learnt[one.key]) * self.error).sum(1)
+            squares = torch.stack([(c - own).square().sum(), c.square().sum()])
+            told = rest if self.settings.fit == "residual" else change
+            yield one.key, xi.t() @ (told * one.inverse), squares
 
 
 def _gradients(

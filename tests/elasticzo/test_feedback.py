@@ -147,6 +147,30 @@ def gradients_by_step(model: ElasticZO, x: Tensor, v: Tensor, steps: int) -> dic
     return {n: torch.stack(gs) for n, gs in found.items()}
 
 
+def test_the_residual_is_what_no_matrix_foretold() -> None:
+    """With matrices that are the Jacobians of a linear network nothing is left, and they stay;
+    from zero both fits move them by their own weight times the same answer."""
+    torch.manual_seed(1)
+    net = Plain(identity).double()
+    x = torch.randn(B, 4, dtype=torch.float64)
+    other = wrapped(copy.deepcopy(net))
+    model = wrapped(net, fit="residual")
+    zo = ZOSGD(model, lr=0.0)
+    step(model, (x,), zo)
+    first = {k: m.clone() for k, m in model.session.learnt.items()}
+    step(other, (x,), ZOSGD(other, lr=0.0))
+    for k in ("b/0/0", "c/0/0"):
+        share = B / 12  # of 5 + 7 nodes; the mean's first weight is 1
+        torch.testing.assert_close(first[k], share * other.session.learnt[k])
+    after_c = net.tail.weight.detach() @ net.c.weight.detach()
+    true = {"c/0/0": after_c.t(), "b/0/0": (after_c @ net.b.weight.detach()).t()}
+    for k, m in true.items():
+        model.session.learnt[k].copy_(m)
+    step(model, (x,), zo)
+    for k, m in true.items():
+        torch.testing.assert_close(model.session.learnt[k], m)
+
+
 @pytest.mark.parametrize("unbiased", [True, False])
 def test_the_corrected_form_has_no_bias(unbiased: bool) -> None:
     """A network linear in each weight, whose Jacobians differ by sample; n = 150 steps, projections
@@ -344,6 +368,7 @@ def test_controls_settings_and_what_the_model_says() -> None:
         {"noise": 0.0},
         {"beta": 2},
         {"width": 0},
+        {"fit": "lms"},
     ]
     for wrong in (*settings, {"unbiased": True, "matrix": "random"}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
