@@ -1,8 +1,9 @@
 """The method in a minute: `python -m experiments.demo`.
 
-Trains LeNet-5 on scikit-learn's digits with Full ZO, ZO-Feat-Cls2, ZO-Feat-Cls1 and Full BP, one
-after the other, for equal epochs, and compares accuracy, time and memory of a step. Needs no data
-files and no GPU; everything goes to runs/demo.
+Trains LeNet-5 on scikit-learn's digits with the paper's Full ZO, ZO-Feat-Cls2 and ZO-Feat-Cls1,
+with two of these cuts where the head learns by feedback, and with Full BP, one after the other, for
+equal epochs, and compares accuracy, time and memory of a step. Needs no data files and no GPU;
+everything goes to runs/demo.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from rich.table import Table
 
 from experiments.commands import plain_console, run_command
 from experiments.files import write_json
-from experiments.train.config import Method, TrainConfig
+from experiments.train.config import Directions, Method, TrainConfig
 from experiments.train.environment import hardware, made_on
 from experiments.train.folder import METRICS, read_metrics
 from experiments.train.memory import measure_step
@@ -30,18 +31,21 @@ from experiments.train.report import ConsoleReporter
 from experiments.train.resolve import resolve
 from experiments.train.run import train
 
-NAMES: Mapping[Method, str] = {
-    "full-zo": "Full ZO",
-    "cls2": "ZO-Feat-Cls2",
-    "cls1": "ZO-Feat-Cls1",
-    "full-bp": "Full BP",
+# (method, by what the head learns; None: the paper's noise on all weights)
+NAMES: Mapping[tuple[Method, Directions | None], str] = {
+    ("full-zo", None): "Full ZO",
+    ("cls2", None): "ZO-Feat-Cls2",
+    ("cls1", None): "ZO-Feat-Cls1",
+    ("full-zo", "feedback"): "Full ZO, feedback",
+    ("cls2", "feedback"): "Cls2, feedback",
+    ("full-bp", None): "Full BP",
 }
 PAIRINGS: tuple[Literal["stacked", "sequential"], ...] = ("stacked", "sequential")
 
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Four methods on the digits, side by side."""
+    """The methods on the digits, side by side."""
 
     epochs: int = 80
     """Passes over the 1,438 training images, >= 1, equal for all methods."""
@@ -56,17 +60,24 @@ class DemoConfig:
     """Folder of runs, plot and JSON; a finished run in it is not repeated."""
 
 
-def configuration(demo: DemoConfig, method: Method) -> TrainConfig:
+def folder(method: Method, directions: Directions | None) -> str:
+    return method if directions is None else f"{method}-{directions}"
+
+
+def configuration(
+    demo: DemoConfig, method: Method, directions: Directions | None = None
+) -> TrainConfig:
     return resolve(
         TrainConfig(
             method=method,
+            directions=directions,
             data="digits",
             epochs=demo.epochs,
             eval_epochs=max(1, demo.epochs // 16),
             seed=demo.seed,
             device=demo.device,
             threads=demo.threads,
-            out=demo.out / method,
+            out=demo.out / folder(method, directions),
             tensorboard=False,
             plot=False,
         )
@@ -93,7 +104,7 @@ def table(rows: Mapping[str, dict[str, Any]]) -> Table:
         shown.add_column(name, justify="left" if i < 2 else "right", no_wrap=True)
     for method, row in rows.items():
         what = {"0": "nothing", "all": "everything"}.get(row["tail"][0], ", ".join(row["tail"]))
-        if method not in ("Full ZO", "Full BP"):
+        if not method.startswith("Full"):
             what += f" ({100 * row['tail_parameters'] / row['parameters']:.1f} %)"
         memory = [f"{row['memory'][p]['bytes'] / 2**20:.2f}" for p in PAIRINGS]
         shown.add_row(
@@ -107,8 +118,8 @@ def table(rows: Mapping[str, dict[str, Any]]) -> Table:
 
 
 def run(demo: DemoConfig, console: Console) -> None:
-    configs = {method: configuration(demo, method) for method in NAMES}
-    first = configs["full-zo"]
+    configs = {key: configuration(demo, *key) for key in NAMES}
+    first = configs["full-zo", None]
     if first.threads is not None:
         torch.set_num_threads(first.threads)
     device = torch.device(first.device)
@@ -119,12 +130,12 @@ def run(demo: DemoConfig, console: Console) -> None:
     )
     rows: dict[str, dict[str, Any]] = {}
     curves = {}
-    for method, config in configs.items():
+    for key, config in configs.items():
         result = train(config, "python -m experiments.demo", ConsoleReporter(console))
         row = {k: result[k] for k in ("test_accuracy", "ms_per_step", "steps", "seconds", "config")}
-        rows[NAMES[method]] = {**row, **measure(config)}
-        lines = read_metrics(demo.out / method / METRICS)
-        curves[NAMES[method]] = [line for line in lines if line["kind"] == "test"]
+        rows[NAMES[key]] = {**row, **measure(config)}
+        lines = read_metrics(demo.out / folder(*key) / METRICS)
+        curves[NAMES[key]] = [line for line in lines if line["kind"] == "test"]
     summary = {
         "command": "python -m experiments.demo",
         **made_on(device),

@@ -106,7 +106,8 @@ def test_sweep_marks_what_diverges(tmp_path: Path) -> None:
 def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--epochs", "1", "--device", "cpu", "--threads", "1", "--out", str(tmp_path)]
     assert demo.main(arguments) == 0
-    assert {"demo.json", "demo.png", "full-zo", "cls2", "cls1", "full-bp"} == names(tmp_path)
+    runs = {"full-zo", "cls2", "cls1", "full-zo-feedback", "cls2-feedback", "full-bp"}
+    assert {"demo.json", "demo.png", *runs} == names(tmp_path)
     rows = json.loads((tmp_path / "demo.json").read_text())["methods"]
     memory = {name: row["memory"]["sequential"]["bytes"] for name, row in rows.items()}
     assert memory["Full ZO"] <= memory["ZO-Feat-Cls2"] <= memory["Full BP"]
