@@ -33,7 +33,7 @@ def test_python_blocks_run_one_after_the_other(capsys: pytest.CaptureFixture[str
     for code in PYTHON:
         exec(compile(code, "README.md", "exec"), names)
     said = capsys.readouterr().out
-    learnt = re.search(r"([\d.]+)% of digits in five epochs; with a frozen head ([\d.]+)%", said)
+    learnt = re.search(r"([\d.]+)% of digits in three epochs; with a frozen head ([\d.]+)%", said)
     assert learnt is not None and float(learnt[1]) > float(learnt[2]) + 20.0
     assert names["step"].losses.shape == (2,)
 
