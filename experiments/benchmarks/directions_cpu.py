@@ -49,7 +49,7 @@ class Config:
     """Images a step of LeNet-5."""
     kinds: tuple[str, ...] = tuple(KINDS)
     """Which of them, by name."""
-    rounds: int = 60
+    rounds: int = 20
     """Timed rounds; each runs every kind once."""
     threads: int = 2
     """CPU threads of torch."""

@@ -268,6 +268,15 @@ def test_kinds_by_pattern_and_what_the_model_says() -> None:
     assert auto.session.forwards == 0
 
 
+@pytest.mark.parametrize("kind", ["weight", *KINDS])
+def test_known_layers_run_stacked(kind: str) -> None:
+    """No weight counts as read around its layer, so that nothing runs a half at a time."""
+    model = ElasticZO(LeNet5(), ["fc3"], eps=EPS, directions=kind).train()
+    model(torch.randn(4, 1, 28, 28))
+    assert model.effective_pairing == "stacked"
+    assert not any(layer.by_half for layer in model.engine.plan.layers.values())
+
+
 def test_refusals() -> None:
     net, x = LeNet5(), torch.zeros(3, 1, 28, 28)
     with pytest.raises(ValueError, match="must be one of"):

@@ -62,7 +62,7 @@ def _thin(current: Pass, m: Any, x: Tensor) -> bool:
     costs a pass over the outputs, than as halves of the weight."""
     channels = x.shape[-1] if isinstance(m, nn.Linear) else x.shape[1]
     rows = x.numel() // (current.count * max(channels, 1))  # places of all samples of a half
-    return bool(m.weight[0].numel() > rows)
+    return bool(m.weight.shape[1:].numel() > rows)
 
 
 def _call(
