@@ -68,7 +68,8 @@ class ElasticZO(ZOModule):
             sample; the layer's input is kept for the step), "auto" (of the last two the one that
             looks into fewer dimensions, settled by the first forward). Those of samples need
             the loss of each: `pair_losses(..., reduction="none")`. What a layer cannot serve has
-            another kind: `model.directions` says which, and why.
+            another kind: `model.directions` says which, and why. "feedback", or a `Feedback(...)`:
+            of the whole head, errors by learnt matrices, a forward is one pass `[1, B, ...]`.
         group: neighbouring samples that share a direction of kind "sample".
         state_tensors: of tail="auto": tensors that the tail's optimiser keeps for a parameter (Adam
             2, momentum 1, plain SGD 0).

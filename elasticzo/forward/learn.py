@@ -29,6 +29,8 @@ def estimates(
         sample  u = s / B sum_qi a_qi r_qi u_qi^T
         node    u = s / (B m) sum_qi a_qi n_qi xbar_i^T, by the layer's own backward
     """
+    for kept in session.kept:
+        kept.check()  # before anything moves
     mean = a if a.dim() == 1 else a.mean(1)
     weights = {one.name: w for one, w in head}
     for name, one in head.parameters.items():
@@ -46,8 +48,6 @@ def _of_nodes(
 ) -> Iterator[tuple[str, Tensor]]:
     """Weights that several layers, calls or micro-batches read have the sum of theirs."""
     kept: list[Kept] = list(session.kept)
-    for one in kept:
-        one.check()
     to_come = Counter(h.name for k in kept for h in k.own.values())
     found: dict[str, Tensor] = {}
     for one in kept:

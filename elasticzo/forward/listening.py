@@ -7,6 +7,7 @@ outputs. Nothing of what comes before is kept.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -136,7 +137,7 @@ class Order:
             )
 
 
-class Listener:
+class Listener(ABC):
     """What stands before the layers of the head, and the modules of the tail, while a pass runs.
 
     Attributes:
@@ -147,19 +148,19 @@ class Listener:
         self.around = around
         self.calls: Counter[str] = Counter()
 
+    @abstractmethod
     def layer(
         self, current: Pass, layer: Layer, run: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
         """A layer of the head is called."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tail(self, name: str, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A module of the tail is called."""
-        raise NotImplementedError
 
+    @abstractmethod
     def instead(self, t: Any) -> Any:
         """What is read in place of a tensor from now on."""
-        raise NotImplementedError
 
     def next_call(self, name: str) -> int:
         self.calls[name] += 1

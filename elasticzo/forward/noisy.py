@@ -106,10 +106,8 @@ class Noisy(Listener):
         """The pass is over, and changed the outputs by this: what waited for it is done, and
         gradients that no end took are taken."""
         for nodes, t, leaves in self._waiting:
-            m, xi = (
-                self.error @ self._matrix(nodes.key, nodes.head, nodes.shape[1]).t(),
-                self._xi(nodes),
-            )
+            matrix = self._matrix(nodes.key, nodes.head, nodes.shape[1])
+            m, xi = self.error @ matrix.t(), self._xi(nodes)
             c = (change * self.error).sum(1) * nodes.inverse
             d = m + (c - (xi * m).sum(1)).unsqueeze(1) * xi
             self._add(leaves, _gradients([t], leaves, [d.view(t.shape)], retain=True))

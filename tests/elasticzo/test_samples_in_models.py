@@ -156,9 +156,11 @@ def test_deferred_is_at_once(kind: str) -> None:
     directions = {"*": "weight", "stem.*": kind}
     one, inputs = wrapped("residual_cnn", directions)
     other, _ = wrapped("residual_cnn", directions)
+    start = weights(one)
     train(one, inputs, ZOSGD(one, lr=1e-3))
     train(other, inputs, ZOSGD(other, lr=1e-3, defer=True))
     same(one, other)
+    assert not any(torch.equal(a, b) for a, b in zip(start, weights(other), strict=True))
 
 
 @pytest.mark.parametrize("kind", ["sample", "node"])
@@ -222,12 +224,27 @@ def test_what_nodes_learn_from_must_stay(pairing: str) -> None:
         ZOSGD(model, lr=0.1).step(losses)
 
 
+def test_nothing_moves_where_a_kept_input_changed() -> None:
+    """Neither do the layers that learn by samples, whose estimates need no input."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    model = ElasticZO(net, 0, directions={"0": "node", "2": "sample"}).train()
+    x, before = torch.randn(6, 4), weights(model)
+    losses = losses_of(model, model(x)).detach()
+    x.zero_()
+    with pytest.raises(RuntimeError, match="memory of its own"):
+        ZOSGD(model, lr=0.1).step(losses)
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))
+
+
 def test_one_sided_nodes_keep_the_clean_input_too() -> None:
     one, inputs = wrapped("input_twice", "node", estimator=one_sided(2))
     other, _ = wrapped("input_twice", "node", "sequential", estimator=one_sided(2))
+    start = weights(one)
     train(one, inputs, steps=1)
     train(other, inputs, steps=1)
     same(one, other, exact=False)
+    assert not any(torch.equal(a, b) for a, b in zip(start, weights(other), strict=True))
 
 
 def test_each_sample_is_clipped() -> None:
