@@ -105,7 +105,7 @@ def apply_(t: Target, u: Tensor, move: Move, backend: str) -> None:
     words = None
     if t.w.dtype == torch.bfloat16:  # what stochastic rounding decides by
         words = draw("bits", t.w.shape, t.head, move.key, 0, backend, "rounding")
-    apply_rule_(t.w, u, *at, move.rule, t.state, numbers, words)
+    apply_rule_(t.w, u, *at, move.rule, t.state, numbers, words, backend=backend)
 
 
 def draw(

@@ -26,10 +26,10 @@ from zo_kernels.ops.int8_weights import int8_perturbed_weights, int8_update_
 from zo_kernels.ops.layer_norm import paired_layer_norm
 from zo_kernels.ops.linear import paired_linear
 from zo_kernels.ops.noise import sample
+from zo_kernels.ops.rules import apply_rule_
 from zo_kernels.ops.stage import stage_
 from zo_kernels.ops.update import update_
 from zo_kernels.ops.weights import perturb_, perturbed_weights
-from zo_kernels.reference.rules import apply_rule_
 from zo_kernels.registry import BACKENDS, resolve_backend
 from zo_kernels.rules import RULES, Rule
 

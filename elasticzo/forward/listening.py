@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -142,10 +142,12 @@ class Listener(ABC):
 
     Attributes:
         around: names of layers that have other layers of the head, or the tail, inside of them.
+        replaced: tensors in whose place another is read, and that one, by id.
     """
 
     def __init__(self, around: set[str]) -> None:
         self.around = around
+        self.replaced: dict[int, tuple[Any, Tensor]] = {}
         self.calls: Counter[str] = Counter()
 
     @abstractmethod
@@ -175,7 +177,6 @@ class Clean(Listener):
         self.cut: dict[Entry, Tensor] = {}
         self.outer: Leaves = []
         self._inputs = {id(t) for t in pytree.tree_leaves(inputs)}
-        self._instead: dict[int, tuple[Tensor, Tensor]] = {}
 
     def layer(
         self, current: Pass, layer: Layer, run: Callable[..., Any], args: Any, kwargs: Any
@@ -204,11 +205,11 @@ class Clean(Listener):
             self.cut[at] = t
             return t
         leaf = self.cut[at] = t.detach().requires_grad_()
-        self._instead[id(t)] = (t, leaf)
+        self.replaced[id(t)] = (t, leaf)
         return leaf
 
     def instead(self, t: Any) -> Any:
-        return self._instead[id(t)][1] if id(t) in self._instead else t
+        return self.replaced[id(t)][1] if id(t) in self.replaced else t
 
     def outputs(self, tree: Any) -> tuple[Any, dict[int, Tensor]]:
         """The outputs with leaves where no gradient would come to, and all of them by places."""
@@ -229,8 +230,22 @@ class Instead(TorchFunctionMode):
         self.listener = listener
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = pytree.tree_map(self.listener.instead, (args, kwargs or {}))
+        kwargs = kwargs or {}
+        # Every call of the forward comes by, few read such a tensor: look before rebuilding.
+        if self.listener.replaced and self._reads_one((*args, *kwargs.values())):
+            args, kwargs = pytree.tree_map(self.listener.instead, (args, kwargs))
         return func(*args, **kwargs)
+
+    def _reads_one(self, values: Iterable[Any]) -> bool:
+        for v in values:
+            if isinstance(v, Tensor):
+                if id(v) in self.listener.replaced:
+                    return True
+            elif isinstance(v, (list, tuple, dict)) and self._reads_one(
+                v.values() if isinstance(v, dict) else v
+            ):
+                return True
+        return False
 
 
 @contextmanager

@@ -38,6 +38,7 @@ from elasticzo.head import HeadParameter
 from elasticzo.session import Session
 
 Take = Callable[[str, Tensor], None]
+SEEN = 32  # samples of a part of the batch that say how well a matrix foretells
 
 
 @dataclass
@@ -90,7 +91,7 @@ class Noisy(Listener):
         self._waiting: list[tuple[Nodes, Tensor, Leaves]] = []  # for the noise's own answer
         self._ends = 0
         self._fresh: list[weakref.ref[Tensor]] = []  # what the last layer returned
-        self._ended: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}  # what is read instead
+        self.replaced: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
 
     def run(self, again: Callable[[], Any]) -> list[Tensor]:
         """The pass, and its outputs."""
@@ -151,8 +152,8 @@ class Noisy(Listener):
     # ---- ends of segments
 
     def instead(self, t: Any) -> Any:
-        while isinstance(t, Tensor) and id(t) in self._ended:
-            ref, other = self._ended[id(t)]
+        while isinstance(t, Tensor) and id(t) in self.replaced:
+            ref, other = self.replaced[id(t)]
             if ref() is not t:
                 break
             t = other
@@ -185,7 +186,7 @@ class Noisy(Listener):
     def _replace(self, t: Tensor, other: Tensor) -> None:
         """From now on `other` is read where `t` is, as long as someone holds that."""
         at = id(t)
-        self._ended[at] = (weakref.ref(t, lambda _: self._ended.pop(at, None)), other)
+        self.replaced[at] = (weakref.ref(t, lambda _: self.replaced.pop(at, None)), other)
 
     def _end(self, layer: Layer, call: int, place: int, t: Tensor) -> Tensor:
         head = parameters_of(layer)[0][2]
@@ -258,17 +259,19 @@ class Noisy(Listener):
     def answers(self, change: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
         """For each matrix: its name, `sum_i xi_i r_i^T / s` of what is fitted (see `Feedback`), and
         how much of what the noise did it did not foretell, `[2]`: squares of `c - xi . M e`, and of
-        `c`."""
+        `c`, of the first samples."""
         if self.settings.fit == "residual":
             foretold = [self._xi(k) @ self.session.learnt[k.key] * k.size for k in self.noised]
             rest = change - torch.stack(foretold).sum(0) if foretold else change
         for one in self.noised:
-            xi = self._xi(one)
-            c = (change * self.error).sum(1) * one.inverse
-            own = ((xi @ self.session.learnt[one.key]) * self.error).sum(1)
+            xi, m = self._xi(one), self.session.learnt[one.key]
+            few = slice(SEEN)
+            c = (change[few] * self.error[few]).sum(1) * one.inverse
+            own = ((xi[few] @ m) * self.error[few]).sum(1)
             squares = torch.stack([(c - own).square().sum(), c.square().sum()])
             told = rest if self.settings.fit == "residual" else change
-            yield one.key, xi.t() @ (told * one.inverse), squares
+            # This way round: a product of few rows, which libraries are quicker at.
+            yield one.key, ((told * one.inverse).t() @ xi).t(), squares
 
 
 def _gradients(

@@ -313,7 +313,7 @@ def test_refusals() -> None:
     model(x)
     with pytest.raises(ValueError, match='reduction="none"'):
         zo.step(torch.zeros(2))
-    with pytest.raises(ValueError, match="4\]"):
+    with pytest.raises(ValueError, match=r"4\]"):
         zo.step(torch.zeros(2, 4))
     with pytest.raises(ValueError, match='reduction="none"'):
         model.backward(torch.zeros(2))

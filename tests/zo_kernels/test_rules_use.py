@@ -90,6 +90,33 @@ def test_apply_rule_(case: str, dtype: torch.dtype, device: Any) -> None:
     apply_rule_(*given, CASES[case][0], [s.to("meta") for s in kept], row, words.to("meta"))
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("case", CASES)
+def test_apply_rule_in_one_pass(
+    case: str, threads: int, monkeypatch: pytest.MonkeyPatch, device: Any
+) -> None:
+    """Contiguous float32 on the CPU: three steps as in plain torch, their versions rise, and a
+    skipped one moves nothing."""
+    rules = pytest.importorskip("zo_kernels.cpu.rules")
+    monkeypatch.setattr(rules, "PARALLEL_FROM", 64)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    w = torch.randn(7, 33)
+    ours, go = [w, *state_of(case, [w])], torch.zeros(())
+    plain = copies(ours)
+    for step in range(3):
+        u, settings = torch.randn(7, 33), settings_of(case, step + 1, 1, torch.device("cpu"))
+        row = None if settings is None else settings[0]
+        rates = (f64(LR[0], "cpu"), f64(DECAY[0], "cpu"))
+        for (p, *state), backend in ((ours, "numba"), (plain, "reference")):
+            version = p._version
+            apply_rule_(p, u, *rates, go, CASES[case][0], state, row, backend=backend)
+            assert p._version > version
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+    before = copies(ours)
+    apply_rule_(ours[0], u, *rates, go + 1, CASES[case][0], ours[1:], row, backend="numba")
+    assert all(same_bits(a, b) for a, b in zip(ours, before, strict=True))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_apply_rule_skips(case: str, device: Any) -> None:
     w = torch.randn(3, 5, device=device).bfloat16()

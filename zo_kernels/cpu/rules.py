@@ -1,16 +1,28 @@
 """The sweep of an update that keeps state: numba's twin of `zo_kernels.rules`, but for SGD, whose
-sweep (`update_sweep`) stands alone."""
+sweep (`update_sweep`) stands alone; and any rule for an estimate that is given."""
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,attr-defined,call-arg"
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import numpy as np
+import torch
 from numba import carray, njit
+from torch import Tensor
 
 from zo_kernels.cpu.kernels import CHUNK, _pointer_to, fill_float
+from zo_kernels.cpu.sweeps import PARALLEL_FROM, memory_of, pool_of
 
-MOMENTUM, ADAM, SIGN = 1, 2, 3
-CODES = {"momentum": MOMENTUM, "adam": ADAM, "sign": SIGN}
+SGD, MOMENTUM, ADAM, SIGN = 0, 1, 2, 3
+CODES = {"sgd": SGD, "momentum": MOMENTUM, "adam": ADAM, "sign": SIGN}
+
+
+@njit(nogil=True, fastmath={"contract"}, cache=True)
+def sgd_run(w, total, lr, decay):
+    for i in range(w.shape[0]):
+        w[i] -= lr * (total[i] + decay * w[i])
 
 
 @njit(nogil=True, fastmath={"contract"}, cache=True)
@@ -54,8 +66,10 @@ def move(rule, w, first, second, total, lr, decay, settings):
         momentum_run(w, first, total, lr, decay, settings)
     elif rule == ADAM:
         adam_run(w, first, second, total, lr, decay, settings)
-    else:
+    elif rule == SIGN:
         sign_run(w, total, lr, decay)
+    else:
+        sgd_run(w, total, lr, decay)
 
 
 @njit(nogil=True, fastmath={"contract"}, cache=True)
@@ -118,3 +132,38 @@ def rule_all(rule, table, kept, settings, scales, coeff, lr, decay, words):
         rule_sweep(rule, w, first, second, numbers, coeff, scales[t], lr[g], decay[g], layout,
                    noise, 0, row[9])
         # fmt: on
+
+
+@njit(nogil=True, cache=True)
+def move_part(rule, w, first, second, total, lr, decay, settings, begin, end):
+    """`move` of the elements `begin` to `end - 1`."""
+    a, b = begin, end
+    move(rule, w[a:b], first[a:b], second[a:b], total[a:b], lr, decay, settings)
+
+
+def apply_rule_(
+    w: Tensor,
+    u_noise: Tensor,
+    lr: Tensor,
+    weight_decay: Tensor,
+    skip: Tensor,
+    rule: str,
+    state: Sequence[Tensor],
+    settings: Tensor | None,
+) -> None:
+    """A weight and its state, all float32 and contiguous, in one pass."""
+    if skip.item() != 0 or w.numel() == 0:
+        return
+    size = w.numel()
+    memory = [memory_of(t.detach(), size) for t in (w, *state)]
+    memory += [memory[0]] * (3 - len(memory))  # a rule does not look at what it does not keep
+    numbers = np.zeros(1) if settings is None else settings.numpy()
+    rates = (np.float32(lr.item()), np.float32(weight_decay.item()))
+    args = (CODES[rule], *memory, memory_of(u_noise.detach(), size), *rates, numbers)
+    workers = torch.get_num_threads() if size >= PARALLEL_FROM else 1
+    bounds = [size * i // workers for i in range(workers + 1)]
+    if workers == 1:
+        move_part(*args, 0, size)
+        return
+    for job in [pool_of(workers).submit(move_part, *args, a, b) for a, b in pairwise(bounds)]:
+        job.result()

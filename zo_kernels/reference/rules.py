@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 
 from zo_kernels.reference.weights import compute_dtype
-from zo_kernels.registry import WEIGHT_DTYPES, check_in_place, check_tensor
-from zo_kernels.rules import check_rule
 
 
 def round_stochastically(x: Tensor, words: Tensor) -> Tensor:
@@ -67,22 +65,7 @@ def apply_rule_(
     settings: Tensor | None = None,
     words: Tensor | None = None,
 ) -> None:
-    """What `zo_kernels.update_` does to one weight, in place, given the sum of its directions.
-
-    For directions that no kernel makes. Nothing waits for the device.
-
-    Args:
-        w: float32, float64 or bfloat16, any strides.
-        u_noise: `scale * sum_q coeff_q z_q`, of the shape of w.
-        lr, weight_decay: `[]` float64.
-        skip: `[]` float32; not 0 leaves weight and state bit-identical.
-        rule, state, settings: as in `update_`, of this weight: settings is a row.
-        words: of purpose "rounding", for a bfloat16 weight; None rounds to nearest.
-    """
-    check_tensor("w", w, dtype=WEIGHT_DTYPES)
-    check_in_place("w", w)
-    check_tensor("u_noise", u_noise, shape=w.shape, device=w.device)
-    check_rule(rule, state, None if settings is None else settings[None], [w], w.device)
+    """One weight and its state; nothing waits for the device."""
     wide = compute_dtype(w)
     old = [t.to(wide) for t in (w, *state)]
     numbers = () if settings is None else settings.unbind()
