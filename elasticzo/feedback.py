@@ -13,6 +13,7 @@ Two passes, and no activation is kept between them. d is biased (a mean Jacobian
 
 from __future__ import annotations
 
+import fnmatch
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -44,6 +45,9 @@ class Feedback:
             backward holds a part of its samples; gradients are summed meanwhile (as much memory as
             the weights). BatchNorm then normalises by the part.
         width: where a sample has more outputs, M learns so many fixed random sums of them.
+        shared: name patterns of layers whose inputs `[B, channels, places...]` have one node a
+            channel: one sign and one row of M for all places, which share the error equally. For
+            places that are exchangeable (points of a cloud), and where M is to be small.
     Source: Xiao et al., "Online pseudo-zeroth-order training" (arXiv:2407.12516); Lillicrap et al.
         2016 and Noekland 2016 (arXiv:1609.01596) for fixed random feedback.
     """
@@ -55,6 +59,7 @@ class Feedback:
     unbiased: bool = False
     parts: int = 1
     width: int = 512
+    shared: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.matrix not in MATRICES:
@@ -66,11 +71,19 @@ class Feedback:
         check_number("beta", self.beta, "in (0, 1]", lambda v: 0.0 < v <= 1.0)
         check_integer("width", self.width, 1, 1 << 20)
         check_integer("parts", self.parts, 1, 1 << 20)
+        if isinstance(self.shared, str) or not all(isinstance(p, str) for p in self.shared):
+            raise TypeError(f"shared must be a sequence of name patterns, got {self.shared!r}")
+        object.__setattr__(self, "shared", tuple(self.shared))
         if self.unbiased and self.matrix != "learnt":
             raise ValueError(f"unbiased corrects what is learnt, got matrix={self.matrix!r}")
 
     def describe(self) -> dict[str, Any]:
-        return asdict(self)
+        return {k: v for k, v in asdict(self).items() if k != "shared" or v}
+
+    def nodes(self, layer: str, shape: torch.Size) -> torch.Size:
+        """`[B, nodes]` of what a layer of this name is about to read, of this shape."""
+        shares = len(shape) > 2 and any(fnmatch.fnmatchcase(layer, p) for p in self.shared)
+        return torch.Size(shape[:2] if shares else (shape[0], shape[1:].numel()))
 
     def xi(
         self, head: HeadParameter, shape: torch.Size, key: Tensor, call: int, first: int, to: str

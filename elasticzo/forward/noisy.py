@@ -111,7 +111,7 @@ class Noisy(Listener):
             m, xi = self.error @ matrix.t(), self._xi(nodes)
             c = (change * self.error).sum(1) * nodes.inverse
             d = m + (c - (xi * m).sum(1)).unsqueeze(1) * xi
-            self._add(leaves, _gradients([t], leaves, [d.view(t.shape)], retain=True))
+            self._add(leaves, _gradients([t], leaves, [_to_places(d, t.shape)], retain=True))
         self._waiting.clear()
         self.order.known = not self.settings.unbiased
         if self.alone:
@@ -193,19 +193,19 @@ class Noisy(Listener):
         key, still = f"{layer.name}/{call}/{place}", t.detach()
         if self.settings.matrix == "zero":
             return still
-        flat = still.reshape(len(self.error), -1)
-        m = self._matrix(key, head, flat.shape[1])
+        shape = self.settings.nodes(layer.name, t.shape)
+        m = self._matrix(key, head, shape[1])
         if not self.settings.unbiased:
-            self._learn(t, (self.error @ m.t()).view(t.shape), self._leaves)
+            self._learn(t, _to_places(self.error @ m.t(), t.shape), self._leaves)
         if self.settings.matrix != "learnt":
             return still
-        size = self.settings.noise * flat.to(self.error.dtype).square().mean().sqrt()
-        nodes = Nodes(key, head, self._streams[head.name], flat.shape, size)
+        size = self.settings.noise * still.to(self.error.dtype).square().mean().sqrt()
+        nodes = Nodes(key, head, self._streams[head.name], shape, size)
         self._streams[head.name] += 1  # layers that share the weight count together
         self.noised.append(nodes)
         if self.settings.unbiased:
             self._waiting.append((nodes, t, list(self._leaves)))
-        return still + (self._xi(nodes) * size).view(t.shape).to(t.dtype)
+        return still + _at_places(self._xi(nodes) * size, t.shape).to(t.dtype)
 
     def _learn(self, t: Tensor, d: Tensor, leaves: Leaves) -> None:
         """The error of the end of a segment to gradients of weights, by its own backward."""
@@ -272,6 +272,18 @@ class Noisy(Listener):
             told = rest if self.settings.fit == "residual" else change
             # This way round: a product of few rows, which libraries are quicker at.
             yield one.key, ((told * one.inverse).t() @ xi).t(), squares
+
+
+def _at_places(nodes: Tensor, shape: torch.Size) -> Tensor:
+    """A number a node, `[B, nodes]`, at all the places that have it."""
+    if nodes.shape[1] == shape[1:].numel():
+        return nodes.view(shape)
+    return nodes.view(*nodes.shape, *[1] * (len(shape) - 2)).expand(shape)
+
+
+def _to_places(d: Tensor, shape: torch.Size) -> Tensor:
+    """The error of each node, which its places share equally."""
+    return _at_places(d * (d[0].numel() / shape[1:].numel()), shape)
 
 
 def _gradients(

@@ -26,7 +26,7 @@ from experiments.paper.pool import Pool, Stopped
 from experiments.paper.presets import PRESETS, Arithmetic
 from experiments.paper.progress import Meter
 from experiments.paper.results import command, write
-from experiments.train.config import Data
+from experiments.train.config import Data, Directions, Method
 from experiments.train.data import load_data
 from experiments.train.folder import RESULT
 
@@ -37,8 +37,9 @@ WRITE_EVERY = 60.0  # seconds between two writings of the results
 class PaperConfig:
     """Tuning, training from scratch and fine-tuning of every method, set and arithmetic."""
 
-    preset: Literal["smoke", "cpu", "gpu"] = "cpu"
-    """smoke: the digits, a minute; cpu: hours on two cores; gpu: full length."""
+    preset: Literal["smoke", "cpu", "samples", "gpu"] = "cpu"
+    """smoke: the digits, a minute; cpu: hours on two cores; samples: heads that learn from every
+    sample, with the controls of feedback, likewise; gpu: full length."""
     data_dir: Path | None = None
     """Folder of the data sets, in folders of their names (modelnet10_hdf5 and
     modelnet40_ply_hdf5_2048 as published) or all in it; not needed for smoke."""
@@ -48,6 +49,11 @@ class PaperConfig:
     """Data sets to run. Default: all of the preset. The results hold what is finished of all."""
     arithmetics: tuple[Arithmetic, ...] = ()
     """Arithmetics to run. Default: all of the preset."""
+    methods: tuple[Method, ...] = ()
+    """Methods to run, with what they need of others. Default: all of the preset."""
+    directions: tuple[Directions, ...] = ()
+    """Of methods with a head, by whose noise it learns; weight is the paper's way (and stands for
+    methods without a head). Default: all of the preset."""
     processes: int = 1
     """Runs at a time, >= 1, of one thread each on the CPU."""
     out: Path = Path("runs/paper")
@@ -156,7 +162,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in _sets(config):  # a missing file is told before the first run
             load_data(plan.base(next(c for c in plan.cells if c.data == name)))
         study = Study(plan, config.results, console)
-        study.run(Filter(config.only, config.sets, config.arithmetics), config.processes)
+        study.run(
+            Filter(config.only, config.sets, config.arithmetics, config.methods, config.directions),
+            config.processes,
+        )
         return study
 
     def finish(study: Study) -> int:

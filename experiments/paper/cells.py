@@ -35,14 +35,21 @@ class Cell:
     rotate: float | None = None
     candidate: str | None = None
     """The setting that a tuning run tries."""
+    directions: str | None = None
+    """By whose noise the head learns; None is the paper's way."""
 
     def __str__(self) -> str:
         turned = "" if self.rotate is None else f" {self.rotate:g} degrees"
         tried = "" if self.candidate is None else f" ({self.candidate})"
         return (
-            f"{self.section} {self.data}{turned} {self.arithmetic} {self.method} "
+            f"{self.section} {self.data}{turned} {self.arithmetic} {self.way} "
             f"seed {self.seed}{tried}"
         )
+
+    @property
+    def way(self) -> str:
+        """The method, and by whose noise."""
+        return self.method if self.directions is None else f"{self.method} by {self.directions}"
 
     @property
     def tuned_as(self) -> Arithmetic:
@@ -80,6 +87,7 @@ def all_cells(preset: Preset, labels: Sequence[tuple[Cell, Sequence[str]]]) -> l
             replace(cell, section="finetune", rotate=angle)
             for angle in task.rotations
             for cell in upright
+            if cell.method != "local"  # has weights that the trained ones lack
         ]
     return cells
 
@@ -92,16 +100,18 @@ def tuned_cells(preset: Preset) -> list[Cell]:
         found += rows
         if task.rotations:
             angle = task.rotations[0]
-            found += [replace(c, section="finetune-tuning", rotate=angle) for c in rows]
+            fine = [c for c in rows if c.method != "local"]
+            found += [replace(c, section="finetune-tuning", rotate=angle) for c in fine]
     return found
 
 
 def _rows(preset: Preset, task: Task, section: Section, seeds: Iterable[int]) -> list[Cell]:
     return [
-        Cell(section, task.data, task.model, arithmetic, method, seed)
+        Cell(section, task.data, task.model, arithmetic, method, seed, directions=kind)
         for seed in seeds
         for arithmetic in preset.arithmetics
         for method in preset.methods
+        for kind in preset.directions.get(method, (None,))
         if arithmetic != "int8-float" or method in WITH_HEAD
     ]
 
@@ -111,15 +121,15 @@ def source(cell: Cell) -> Cell:
     section: Section = "pretraining" if cell.section == "finetune-tuning" else "grid"
     return replace(
         cell, section=section, arithmetic=cell.tuned_as, method="full-bp", rotate=None,
-        candidate=None,
+        candidate=None, directions=None,
     )  # fmt: skip
 
 
 def trials(cell: Cell, cells: Iterable[Cell]) -> list[Cell]:
     """The tuning runs that decide a cell's settings."""
     section = "finetune-tuning" if cell.fine else "tuning"
-    key = (section, cell.data, cell.model, cell.tuned_as, cell.method)
-    return [c for c in cells if (c.section, c.data, c.model, c.arithmetic, c.method) == key]
+    key = (section, cell.data, cell.model, cell.tuned_as, cell.way)
+    return [c for c in cells if (c.section, c.data, c.model, c.arithmetic, c.way) == key]
 
 
 def needs(cell: Cell, cells: Sequence[Cell]) -> list[Cell]:

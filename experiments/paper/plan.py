@@ -15,6 +15,7 @@ from experiments.studies.study import in_own_folder
 from experiments.train.config import TrainConfig
 from experiments.train.resolve import resolve
 
+PAPERS = "weight"  # directions of a cell that names none
 Results = Mapping[Cell, Mapping[str, Any]]
 
 
@@ -25,12 +26,16 @@ class Filter:
     sections: Sequence[str] = ()
     sets: Sequence[str] = ()
     arithmetics: Sequence[str] = ()
+    methods: Sequence[str] = ()
+    directions: Sequence[str] = ()
 
     def __call__(self, cell: Cell) -> bool:
         return (
             (not self.sections or _public(cell) in self.sections)
             and (not self.sets or cell.data in self.sets)
             and (not self.arithmetics or cell.arithmetic in self.arithmetics)
+            and (not self.methods or cell.method in self.methods)
+            and (not self.directions or (cell.directions or PAPERS) in self.directions)
         )
 
 
@@ -80,6 +85,7 @@ class Plan:
             "data": cell.data,
             "data_dir": self._folder(cell.data),
             "method": cell.method,
+            "directions": cell.directions,
             "seed": cell.seed,
             "epochs": epochs,
             "eval_epochs": 1 if cell.candidate is None else epochs,

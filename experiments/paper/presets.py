@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from elasticzo.data import CLOUD_SETS
-from experiments.train.config import Data, Method, Model
+from experiments.train.config import Data, Directions, Method, Model
 from experiments.train.recipes import METHODS
 
 Arithmetic = Literal["fp32", "int8", "int8-float"]
@@ -59,6 +59,8 @@ class Preset:
     """Settings tried for each method, arithmetic and set, 1 to 5; 1 is no tuning."""
     methods: tuple[Method, ...] = METHODS
     arithmetics: tuple[Arithmetic, ...] = ARITHMETICS
+    directions: Mapping[Method, tuple[Directions, ...]] = field(default_factory=dict)
+    """By whose noise heads learn; those of methods that are not named by the paper's."""
     device: str = "cpu"
     threads: int | None = 1
 
@@ -109,6 +111,21 @@ PRESETS: Mapping[str, Preset] = {
     ),
     # Three settings of each method, its recipe, half and twice its rate, on one seed.
     "cpu": Preset("cpu", (MNIST, FASHION, MODELNET10), seeds=3, tuning_seeds=1, candidates=3),
+    # Learning from every sample, with the controls of feedback; the paper's methods are in cpu.
+    "samples": Preset(
+        "samples",
+        (MNIST, FASHION, MODELNET10),
+        seeds=3,
+        tuning_seeds=1,
+        candidates=3,
+        methods=(*METHODS, "local"),
+        arithmetics=("fp32",),
+        directions={
+            "cls2": ("feedback", "feedback-zero", "feedback-random", "auto"),
+            "cls1": ("feedback", "auto"),
+            "full-zo": ("feedback", "auto"),
+        },
+    ),
     "gpu": Preset(
         "gpu",
         (_full_length(MNIST), _full_length(FASHION), MODELNET40),

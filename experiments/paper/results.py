@@ -65,6 +65,7 @@ def tuning(plan: Plan, results: Results) -> list[dict[str, Any]]:
             "model": cell.model,
             "arithmetic": cell.arithmetic,
             "method": cell.method,
+            **({} if cell.directions is None else {"directions": cell.directions}),
             **({} if cell.rotate is None else {"rotate": cell.rotate}),
             "tried": [
                 {"name": name, "values": _plain(changes), "accuracies": tried.get(name, [])}
@@ -79,7 +80,7 @@ def settings(plan: Plan, done: Sequence[Cell], results: Results) -> list[dict[st
     """The resolved configuration of each row of the tables, of its first seed that ran."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for cell in done:
-        key = (cell.section, cell.data, cell.model, cell.arithmetic, cell.method, cell.rotate)
+        key = (cell.section, cell.data, cell.model, cell.arithmetic, cell.way, cell.rotate)
         if cell.candidate is None and key not in found:
             config = without_places(plan.config(cell, results))
             found[key] = {**row(cell), "config": config}

@@ -11,7 +11,7 @@ import tyro
 
 Model = Literal["lenet5", "resnet20", "pointnet"]
 Data = Literal["digits", "mnist", "fashion-mnist", "modelnet10", "modelnet40"]
-Method = Literal["full-zo", "cls2", "cls1", "full-bp", "frozen-cls2", "frozen-cls1"]
+Method = Literal["full-zo", "cls2", "cls1", "full-bp", "frozen-cls2", "frozen-cls1", "local"]
 Schedule = Literal["constant", "cosine", "linear", "step"]
 Directions = Literal[
     "weight", "rank1", "sample", "node", "auto", "feedback", "feedback-zero", "feedback-random"
@@ -40,7 +40,8 @@ class TrainConfig:
     """Fetch missing files of an image set into data_dir."""
     method: Method = "cls2"
     """full-zo: ZO everywhere; cls2 / cls1: BP on the last one / two layers; full-bp: BP everywhere;
-    frozen-*: the control, the same tail on a head that stays random."""
+    frozen-*: the control, the same tail on a head that stays random; local: another one, BP inside
+    of each layer for the loss of a classifier of its own."""
     tail: tuple[str, ...] | None = None
     """What BP trains, instead of the method's cut: module names, a number of layers, or all."""
 

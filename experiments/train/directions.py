@@ -10,6 +10,8 @@ from elasticzo.feedback import Feedback
 from experiments.train.config import PAPER, TrainConfig
 
 MATRICES = {"feedback": "learnt", "feedback-zero": "zero", "feedback-random": "random"}
+# Points of a cloud have no order: a matrix of each would learn what is the same for all of them.
+SHARED: Mapping[str, tuple[str, ...]] = {"pointnet": ("conv*",)}
 GROUPED = ("sample", "auto")  # kinds of which neighbouring samples may share a direction
 
 
@@ -21,7 +23,9 @@ def by_feedback(config: TrainConfig) -> bool:
 def library_directions(config: TrainConfig) -> str | Feedback:
     """What `ElasticZO` takes."""
     kind = config.directions or "weight"
-    return Feedback(matrix=MATRICES[kind]) if kind in MATRICES else kind
+    if kind not in MATRICES:
+        return kind
+    return Feedback(matrix=MATRICES[kind], shared=SHARED.get(config.model, ()))
 
 
 def check_head_rule(config: TrainConfig, optimizer: str) -> None:

@@ -25,6 +25,7 @@ from experiments.train.config import TrainConfig
 from experiments.train.data import Samples
 from experiments.train.directions import by_feedback, kinds_of, replay_of
 from experiments.train.inputs import Inputs, float_inputs, int8_inputs
+from experiments.train.local import LocalNet
 from experiments.train.network import build_int8_network, build_network
 from experiments.train.optimizers import head_optimizer, tail_optimizer
 from experiments.train.schedules import factor
@@ -186,7 +187,7 @@ class FloatLearner(Learner):
         with self._autocast():
             given = {"reduction": self.model.reduction}
             losses = pair_losses(cross_entropy, self.model(x), y, **given)
-        self.model.backward(losses, self._tail_source(x, y))
+        self.model.backward(losses, self._tail_source(x, y, losses))
         head_first = by_feedback(self.config)  # its noisy pass meets the tail of the clean one
         if head_first:
             self.zo.step(self.head_losses(losses))
@@ -201,9 +202,11 @@ class FloatLearner(Learner):
         finite = torch.isfinite(mean)
         self.counted["sums"] += torch.stack([torch.where(finite, mean, 0.0), finite.double()])
 
-    def _tail_source(self, x: Tensor, y: Tensor) -> str | Tensor:
+    def _tail_source(self, x: Tensor, y: Tensor, losses: Tensor) -> str | Tensor:
         """What `model.backward` takes; the third pass is left out where it would feed nothing, or
         where the one pass is clean."""
+        if isinstance(self.model.module, LocalNet):
+            return losses.mean() + self.model.module.local_losses(y)
         if self.config.tail_source != "clean":
             return self.config.tail_source or "mean"
         if self.tail is None or self.model.halves == 1:

@@ -14,6 +14,7 @@ from elasticzo.int8 import ElasticZOInt8
 from elasticzo.models import LeNet5, PointNet, ResNet20
 from experiments.train.config import TrainConfig
 from experiments.train.directions import library_directions
+from experiments.train.local import LocalNet
 
 
 def build_model(config: TrainConfig) -> nn.Module:
@@ -25,10 +26,14 @@ def build_model(config: TrainConfig) -> nn.Module:
         model = PointNet(classes, batch_norm=bool(config.batch_norm))
     else:
         model = LeNet5() if config.model == "lenet5" else ResNet20(channels=1)
+    shape = (3, config.points or 128) if config.model == "pointnet" else (1, 28, 28)
     if config.init == "orthogonal":
         for module in model.modules():
             if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
                 nn.init.orthogonal_(module.weight, gain=math.sqrt(2.0))
+    if config.method == "local":
+        classes = int(last_layer(model).weight.shape[0])
+        model = LocalNet(model, torch.zeros(2, *shape), classes)
     return model
 
 

@@ -68,6 +68,8 @@ def _floats(config: TrainConfig) -> dict[str, Any]:
 
 def _integers(config: TrainConfig) -> dict[str, Any]:
     """The defaults of a method, int8."""
+    if config.method not in INT8_RECIPES[config.model]:
+        raise ValueError(f"method {config.method!r} is of fp32 and bf16, got precision 'int8'")
     recipe = asdict(INT8_RECIPES[config.model][config.method])
     if config.start_from is not None:
         recipe["logit_shift"] = 0  # trained logits have their size
