@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,31 @@ def test_a_set_alone_has_all_that_it_needs() -> None:
     assert all(other in fine for c in fine for other in needs(c, found.cells))
     floats = Filter(("finetune",), arithmetics=("fp32",))
     assert {c.arithmetic for wave in found.waves(floats) for c in wave} == {"fp32"}
+
+
+def test_heads_that_learn_from_every_sample() -> None:
+    """Each way of a method is tuned as a row of its own, as often as the controls beside it."""
+    found = Plan(PRESETS["samples"], Path("data"), Path("runs"))
+    cells = [c for c in found.cells if c.data == "mnist"]
+    ways = {
+        *("full-bp", "local", "frozen-cls2", "frozen-cls1"),
+        *("cls2 by feedback", "cls2 by feedback-zero", "cls2 by feedback-random", "cls2 by auto"),
+        *("cls1 by feedback", "cls1 by auto", "full-zo by feedback", "full-zo by auto"),
+    }
+    for section, runs in (("tuning", 3), ("grid", 3)):
+        assert Counter(c.way for c in cells if c.section == section) == dict.fromkeys(ways, runs)
+    # Weights of its own classifiers: no trained network has them.
+    assert {c.way for c in cells if c.section == "finetune"} == ways - {"local"}
+    config = found.base(next(c for c in cells if c.way == "cls1 by feedback"))
+    assert (config.method, config.directions) == ("cls1", "feedback")
+    assert found.base(next(c for c in cells if c.way == "full-bp")).directions == "weight"
+
+    def chosen(**given: Any) -> set[str]:
+        waves = found.waves(Filter(("grid",), ("mnist",), **given))
+        return {c.way for wave in waves for c in wave}
+
+    assert chosen(methods=["cls2"], directions=["auto"]) == {"cls2 by auto"}
+    assert chosen(directions=["weight"]) == {"full-bp", "local", "frozen-cls2", "frozen-cls1"}
 
 
 def test_clouds_have_no_fine_tuning() -> None:
