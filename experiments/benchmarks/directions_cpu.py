@@ -1,9 +1,10 @@
 """What each kind of direction costs on the CPU: time of a step, operations, peak memory.
 
 `python -m experiments.benchmarks.directions_cpu` times a step of LeNet-5 (Full ZO, and with the
-last layer as tail) by every kind beside two plain forwards of the same network and Full BP's step, in
-turn; predicts and measures its peak memory beside inference's and Full BP's, for LeNet-5 and
-ResNet-20; and counts what a device would launch for it. JSON goes to `experiments/results/directions_cpu.json`.
+last layer as tail) by every kind beside two plain forwards of the same network and Full BP's step,
+in turn; predicts and measures its peak memory beside inference's and Full BP's, for LeNet-5 and
+ResNet-20; and counts what a device would launch for it. JSON goes to
+`experiments/results/directions_cpu.json`.
 """
 
 from __future__ import annotations
