@@ -24,6 +24,8 @@ from experiments.paper.report import measured
 from experiments.paper.report.blocks import Table
 from experiments.paper.report.claims import claims
 from experiments.paper.report.study import accuracy_table, gain_table, integer_table
+from experiments.paper.ways import COMMAND as SAMPLES
+from experiments.paper.ways import read_ways
 from experiments.train.plots import standard_error
 
 ROOT = Path(__file__).parents[2]
@@ -136,6 +138,22 @@ def _any(runs: Runs, scene: Scene, arithmetic: str | None = None) -> bool:
     return any(runs.rows(scene, a, m) for a in chosen for m in runs.methods)
 
 
+def samples(results: Path, gains: bool = False) -> str:
+    """What learns from every sample beside the paper's method, from scratch."""
+    ways = read_ways(results)
+    if ways is None:
+        return f"No results yet: `{SAMPLES}`."
+    return markdown((ways.gain_table if gains else ways.accuracy_table)(turned=False))
+
+
+def samples_turned(results: Path) -> str:
+    """The same of fine-tuning on turned images."""
+    ways = read_ways(results)
+    if ways is None or not ways.titles(turned=True)[0]:
+        return f"No results yet: `{SAMPLES}`."
+    return "\n\n".join(markdown(t(turned=True)) for t in (ways.accuracy_table, ways.gain_table))
+
+
 # ---- other results
 
 
@@ -207,6 +225,9 @@ TABLES: Mapping[str, Callable[[Path], str]] = {
     "int8-cost": int8_cost,
     "paper": accuracies,
     "paper-int8": integers,
+    "samples": samples,
+    "samples-gains": partial(samples, gains=True),
+    "samples-turned": samples_turned,
     "claims": claimed,
     "floors": kept,
     "scratch": partial(scenes, turned=False),

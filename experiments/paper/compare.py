@@ -20,6 +20,7 @@ METHOD_TITLES: Mapping[str, str] = {
     "frozen-cls1": "control of Cls1",
     "cls1": "ZO-Feat-Cls1",
     "full-bp": "Full BP",
+    "local": "a loss of its own for each layer",
 }
 ARITHMETIC_TITLES: Mapping[str, str] = {
     "fp32": "FP32",
@@ -128,7 +129,9 @@ class Runs:
         found: Mapping[str, Any] = next(t for t in self.content["tasks"] if t["data"] == scene.data)
         return found
 
-    def rows(self, scene: Scene, arithmetic: str, method: str) -> list[Mapping[str, Any]]:
+    def rows(
+        self, scene: Scene, arithmetic: str, method: str, directions: str | None = None
+    ) -> list[Mapping[str, Any]]:
         """Finished runs; without a head to move both losses of int8 are one run."""
         wanted = {
             "section": scene.section,
@@ -136,14 +139,17 @@ class Runs:
             "rotate": scene.rotate,
             "arithmetic": "int8" if same_run(arithmetic, method) else arithmetic,
             "method": method,
+            "directions": directions,
         }
         return [
             run for run in self.content["runs"] if all(run.get(k) == v for k, v in wanted.items())
         ]
 
-    def accuracies(self, scene: Scene, arithmetic: str, method: str) -> dict[int, float]:
+    def accuracies(
+        self, scene: Scene, arithmetic: str, method: str, directions: str | None = None
+    ) -> dict[int, float]:
         """Test accuracy in % by seed."""
-        rows = self.rows(scene, arithmetic, method)
+        rows = self.rows(scene, arithmetic, method, directions)
         return {row["seed"]: row["test_accuracy"] for row in rows}
 
     def mean(self, scene: Scene, arithmetic: str, method: str) -> Mean | None:
@@ -185,14 +191,16 @@ def paired(own: Mapping[int, float], other: Mapping[int, float]) -> Mean | None:
     return mean_of([own[seed] - other[seed] for seed in sorted(own.keys() & other.keys())])
 
 
+def read_study(folder: Path, preset: str) -> Runs | None:
+    """One study's results, where they are there."""
+    path = folder / f"paper_{preset}.json"
+    return Runs(read_json(path), preset) if path.exists() else None
+
+
 def read_studies(folder: Path) -> list[Runs]:
     """The studies whose results are there; rehearsals are left out."""
-    found = []
-    for preset in ("cpu", "gpu"):
-        path = folder / f"paper_{preset}.json"
-        if path.exists():
-            found.append(Runs(read_json(path), preset))
-    return found
+    studies = (read_study(folder, preset) for preset in ("cpu", "gpu"))
+    return [runs for runs in studies if runs is not None]
 
 
 def accuracy_text(value: Mean | None, seeds: int) -> str:

@@ -21,6 +21,8 @@ from experiments.paper.report.blocks import Cell, Kind, Row, Table
 from experiments.paper.report.claims import claims
 from experiments.paper.report.others import other_chapters
 from experiments.paper.report.study import chapters, missing
+from experiments.paper.ways import COMMAND as SAMPLES
+from experiments.paper.ways import chapter, read_ways
 
 HERE = Path(__file__).parent
 COMMAND = "python -m experiments.paper.report"
@@ -58,6 +60,10 @@ def page(results: Path) -> str:
                 f"Study, preset {preset}: python -m experiments.paper --preset {preset} "
                 "--data-dir DIR"
             )
+    ways = read_ways(results)
+    if ways is None:
+        absent.append(f"Study, preset samples: {SAMPLES}")
+    samples = [] if ways is None else [chapter(ways)]
     loader = jinja2.FileSystemLoader(HERE)
     environment = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True,
@@ -68,9 +74,13 @@ def page(results: Path) -> str:
         style=(HERE / "page.css").read_text(),
         claims=claims(studies, results),
         floors=floor_table(floors(studies, results)),
-        chapters=[chapter for runs in studies for chapter in chapters(runs)] + others,
+        chapters=samples + [part for runs in studies for part in chapters(runs)] + others,
         absent=absent,
-        missing=[line for runs in studies for line in missing(runs)],
+        missing=[
+            line
+            for runs in [*studies, *([] if ways is None else [ways.samples])]
+            for line in missing(runs)
+        ],
     )
 
 
