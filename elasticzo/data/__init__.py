@@ -1,6 +1,7 @@
 """Loaders for real data sets."""
 
 from elasticzo.data.augment import augment_clouds
+from elasticzo.data.cifar import load_cifar10
 from elasticzo.data.clouds import (
     CLOUD_SETS,
     CloudData,
@@ -31,6 +32,7 @@ __all__ = [
     "download_fashion_mnist",
     "download_mnist",
     "epoch_order",
+    "load_cifar10",
     "load_clouds",
     "load_digits",
     "load_fashion_mnist",

@@ -22,12 +22,12 @@ from elasticzo.data.download import (
 from elasticzo.data.idx import read_idx
 from elasticzo.data.order import shuffled
 
-IMAGE_SETS = ("digits", "mnist", "fashion-mnist")
+IMAGE_SETS = ("digits", "mnist", "fashion-mnist", "cifar10")
 
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
-    """A labelled image set with its split; images uint8, 1x28x28 for every set loaded here.
+    """A labelled image set with its split; images uint8, 1x28x28, of cifar10 3x32x32.
 
     Raises:
         TypeError: a tensor of another dtype.
@@ -128,6 +128,12 @@ def load_images(name: str, root: str | Path | None = None, download: bool = Fals
         return load_digits()
     if root is None:
         raise ValueError(f"{name} is read from files: root must name their folder, got None")
+    if name == "cifar10":
+        from elasticzo.data.cifar import load_cifar10
+
+        if download:
+            raise ValueError("cifar10 is not fetched: root must hold its batches")
+        return load_cifar10(root)
     load = load_mnist if name == "mnist" else load_fashion_mnist
     return load(root, download)
 

@@ -38,6 +38,7 @@ DATA_TITLES: Mapping[str, str] = {
     "digits": "Digits",
     "mnist": "MNIST",
     "fashion-mnist": "Fashion-MNIST",
+    "cifar10": "CIFAR-10",
     "modelnet10": "ModelNet10",
     "modelnet40": "ModelNet40",
 }
@@ -45,6 +46,7 @@ DATA_TITLES: Mapping[str, str] = {
 PARTS = ("command", "seeds", "tasks", "tuning", "runs", "missing", "hardware", "commits")
 MODEL_TITLES: Mapping[str, str] = {
     "lenet5": "LeNet-5",
+    "cnn": "three convolutions",
     "pointnet": "PointNet",
     "resnet20": "ResNet-20",
     "vgg11": "VGG-11",

@@ -91,6 +91,7 @@ MODELNET10 = Task(
     tune_on=3_480,
     settings={"points": 128},
 )
+CIFAR10 = Task("cifar10", "cnn", 30_000, epochs=6)
 MODELNET40 = Task(
     "modelnet40", "pointnet", 9_840, epochs=100, batch_size=32, hold_out=984, tune_on=8_856
 )
@@ -114,7 +115,7 @@ PRESETS: Mapping[str, Preset] = {
     # Learning from every sample, with the controls of feedback; the paper's methods are in cpu.
     "samples": Preset(
         "samples",
-        (MNIST, FASHION, MODELNET10),
+        (MNIST, FASHION, MODELNET10, CIFAR10),
         seeds=3,
         tuning_seeds=1,
         candidates=3,

@@ -27,7 +27,7 @@ from elasticzo.memory.budget import Candidate, cuts, price
 from experiments.commands import plain_console, run_command, tracked
 from experiments.studies.networks import INT8_NETWORKS, NETWORKS, STATE_TENSORS
 from experiments.studies.static_memory import sizes, static_bytes
-from experiments.train.recipes import TAILS
+from experiments.train.recipes import tail_of
 from experiments.train.resolve import pick_device
 
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
@@ -154,7 +154,7 @@ def table(config: PlanConfig, plan: Plan) -> Table:
     assert full is not None
     marked = None
     if config.method is not None:
-        marked = set(resolve_cut(net, TAILS[config.model][config.method]).tail_parameters)
+        marked = set(resolve_cut(net, tail_of(config.model, config.method)).tail_parameters)
     for one, static in zip(plan.cuts, plan.static, strict=True):
         cut = resolve_cut(net, one.tail)
         cells = [str(one.cut), _short(cut.named), f"{one.parameters:,}"]

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-Model = Literal["lenet5", "resnet20", "pointnet"]
-Data = Literal["digits", "mnist", "fashion-mnist", "modelnet10", "modelnet40"]
+Model = Literal["lenet5", "cnn", "resnet20", "pointnet"]
+Data = Literal["digits", "mnist", "fashion-mnist", "cifar10", "modelnet10", "modelnet40"]
 Method = Literal["full-zo", "cls2", "cls1", "full-bp", "frozen-cls2", "frozen-cls1", "local"]
 Schedule = Literal["constant", "cosine", "linear", "step"]
 Directions = Literal[
@@ -29,13 +29,13 @@ class TrainConfig:
     """
 
     model: Model = "lenet5"
-    """Network; resnet20 takes the 28x28 images as they are, pointnet takes clouds."""
+    """Network: lenet5 for 28x28 images, cnn for cifar10, resnet20 for both, pointnet for clouds."""
     data: Data = "digits"
     """Images, or clouds of points (modelnet*); digits comes with scikit-learn, the others are read
     from data_dir."""
     data_dir: Path | None = None
-    """Folder of the IDX files of mnist or fashion-mnist (or of torchvision's layout), or of the
-    HDF5 files of modelnet10 or modelnet40."""
+    """Folder of the IDX files of mnist or fashion-mnist (or of torchvision's layout), of cifar10's
+    batches (python version), or of the HDF5 files of modelnet10 or modelnet40."""
     download: bool = False
     """Fetch missing files of an image set into data_dir."""
     method: Method = "cls2"
@@ -50,7 +50,7 @@ class TrainConfig:
     augment: Flag = None
     """Clouds: turn (up to 45 degrees about the vertical axis), shift and jitter those of a step."""
     batch_norm: Flag = None
-    """pointnet: with BatchNorm; int8 has none."""
+    """pointnet and cnn: with BatchNorm; int8 has none."""
     init: Literal["kaiming", "orthogonal"] | None = None
     """Initial weights: the model's own (Kaiming normal), or orthogonal with gain sqrt(2)."""
 

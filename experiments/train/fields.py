@@ -108,6 +108,7 @@ def check(config: TrainConfig) -> None:
     for name, field in FIELDS.items():
         _check_field(config, name, field)
     _check_clouds(config)
+    _check_images(config)
     if config.precision == "int8":
         _check_int8(config)
     if config.data != "digits" and config.data_dir is None:
@@ -143,6 +144,23 @@ def _check_int8(config: TrainConfig) -> None:
         raise ValueError("tail_source must be plus, minus or mean with int8, got 'clean'")
 
 
+IMAGES = {"lenet5": "28x28 images", "cnn": "cifar10"}  # of networks that take one size alone
+
+
+def _check_images(config: TrainConfig) -> None:
+    """A network of one size wants images of that size."""
+    colour = config.data == "cifar10"
+    if IMAGES.get(config.model) == ("28x28 images" if colour else "cifar10"):
+        wanted = IMAGES[config.model]
+        raise ValueError(f"model {config.model!r} takes {wanted}, got data {config.data!r}")
+    if colour and config.download:
+        raise ValueError("data 'cifar10' is not fetched: data_dir must hold its batches")
+    if config.batch_norm is not None and config.model not in ("pointnet", "cnn"):
+        raise ValueError(
+            f"batch_norm belongs to pointnet and cnn, got {config.batch_norm} with {config.model!r}"
+        )
+
+
 def _check_clouds(config: TrainConfig) -> None:
     """A network for clouds wants clouds, and what belongs to them nothing else."""
     clouds, pointnet = config.data in CLOUD_SETS, config.model == "pointnet"
@@ -153,7 +171,7 @@ def _check_clouds(config: TrainConfig) -> None:
         raise ValueError(f"data {config.data!r} is not fetched: data_dir must hold its HDF5 files")
     if clouds and config.rotate is not None:
         raise ValueError(f"rotate belongs to images, got {config.rotate} with {config.data!r}")
-    for name in ("points", "augment", "batch_norm"):
+    for name in ("points", "augment"):
         if not clouds and getattr(config, name) is not None:
             raise ValueError(
                 f"{name} belongs to pointnet and clouds, got {getattr(config, name)} with "

@@ -11,22 +11,25 @@ from torch import nn
 from elasticzo import ElasticZO
 from elasticzo.cut import Tail, resolve_cut
 from elasticzo.int8 import ElasticZOInt8
-from elasticzo.models import LeNet5, PointNet, ResNet20
+from elasticzo.models import LeNet5, PointNet, ResNet20, SmallCNN
 from experiments.train.config import TrainConfig
 from experiments.train.directions import library_directions
 from experiments.train.local import LocalNet
 
 
 def build_model(config: TrainConfig) -> nn.Module:
-    """A fresh network for the configuration's data, from torch's generator as it stands: for 28x28
-    grey images of ten classes, or for clouds."""
+    """A fresh network for the configuration's data, from torch's generator as it stands: for images
+    of ten classes, or for clouds."""
     model: nn.Module
+    shape: tuple[int, ...] = (3, 32, 32) if config.data == "cifar10" else (1, 28, 28)
     if config.model == "pointnet":
         classes = 40 if config.data == "modelnet40" else 10
         model = PointNet(classes, batch_norm=bool(config.batch_norm))
+        shape = (3, config.points or 128)
+    elif config.model == "cnn":
+        model = SmallCNN(channels=shape[0], batch_norm=bool(config.batch_norm))
     else:
-        model = LeNet5() if config.model == "lenet5" else ResNet20(channels=1)
-    shape = (3, config.points or 128) if config.model == "pointnet" else (1, 28, 28)
+        model = LeNet5() if config.model == "lenet5" else ResNet20(channels=shape[0])
     if config.init == "orthogonal":
         for module in model.modules():
             if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):

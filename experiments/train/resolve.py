@@ -22,9 +22,8 @@ from experiments.train.recipes import (
     EPOCHS,
     INT8_RECIPES,
     POINTS,
-    TAILS,
-    base_method,
     recipe_of,
+    tail_of,
 )
 from zo_kernels import resolve_backend
 
@@ -97,7 +96,7 @@ def resolve_tail(config: TrainConfig) -> tuple[str, ...]:
         if not config.tail:
             raise ValueError("tail must name a module, a number of last layers or all, got nothing")
         return config.tail
-    tail = TAILS[config.model][base_method(config.method)]
+    tail = tail_of(config.model, config.method)
     return (str(tail),) if isinstance(tail, (int, str)) else tuple(tail)
 
 

@@ -63,7 +63,7 @@ def test_refuses_before_it_writes(
     assert clouds.out is not None and not clouds.out.exists()
 
 
-@pytest.mark.parametrize("field", ["points", "augment", "batch_norm"])
+@pytest.mark.parametrize("field", ["points", "augment"])
 def test_images_have_no_settings_of_clouds(start: Start, field: str) -> None:
     with pytest.raises(ValueError, match=f"{field} belongs to pointnet and clouds, got 1 with"):
         start(**{field: 1})
