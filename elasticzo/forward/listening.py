@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -246,6 +246,11 @@ class Instead(TorchFunctionMode):
             ):
                 return True
         return False
+
+
+def own_work() -> AbstractContextManager[None]:
+    """What runs inside is no function of the model's: none of it is to be looked through."""
+    return torch._C.DisableTorchFunction()  # of modes, too
 
 
 @contextmanager

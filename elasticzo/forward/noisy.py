@@ -13,6 +13,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,7 @@ from elasticzo.forward.listening import (
     floats,
     is_float,
     opened,
+    own_work,
     parameters_of,
 )
 from elasticzo.forward.passes import Layer, Pass
@@ -122,9 +124,11 @@ class Noisy(Listener):
         self, current: Pass, layer: Layer, run: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
         call, around = self.next_call(layer.name), layer.name in self.around
-        if not around and not self._goes_on(layer, args):
-            args, kwargs = self._end_inputs(layer, call, args, kwargs)
-        with opened(current, layer) as leaves:
+        with own_work():
+            if not around and not self._goes_on(layer, args):
+                args, kwargs = self._end_inputs(layer, call, args, kwargs)
+        alone = not around and not layer.module._modules  # reads its arguments, and nothing else
+        with opened(current, layer) as leaves, own_work() if alone else nullcontext():
             self._leaves += leaves
             output = run(*args, **kwargs)
         if not around:
@@ -134,13 +138,15 @@ class Noisy(Listener):
     def tail(self, name: str, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The head ends in front of it: the errors of what it reads are exact."""
         call = self.next_call(name)
-        flat, spec = pytree.tree_flatten((args, kwargs))
-        for place, t in enumerate(flat):
-            if is_float(t):
-                t, heard = self.instead(t), self.heard.cut.get((name, call, place))
-                self._cut(t, None if heard is None or heard.grad is None else heard.grad[self.here])
-                flat[place] = self.instead(t).detach()
-        args, kwargs = pytree.tree_unflatten(flat, spec)
+        with own_work():
+            flat, spec = pytree.tree_flatten((args, kwargs))
+            for place, t in enumerate(flat):
+                if is_float(t):
+                    t, heard = self.instead(t), self.heard.cut.get((name, call, place))
+                    d = None if heard is None or heard.grad is None else heard.grad[self.here]
+                    self._cut(t, d)
+                    flat[place] = self.instead(t).detach()
+            args, kwargs = pytree.tree_unflatten(flat, spec)
         with torch.no_grad():
             return run(*args, **kwargs)
 

@@ -86,7 +86,8 @@ def rank_one(
 
 
 def add_noise(current: Pass, layer: Layer, x: Tensor, y: Tensor) -> Tensor:
-    """The outputs `y` of a product at `w`, and what the noise of its kind adds to them."""
+    """The outputs `y` of a product at `w`, to which the noise of its kind is added in place where
+    their memory allows it."""
     if not current.staging.points.halves or (
         layer.kind.name != "node" and not current.staging.perturbs
     ):
@@ -159,17 +160,18 @@ def pad_input(m: Any, x: Tensor) -> tuple[Tensor, Any]:
 
 
 def _add_outer(m: Any, y: Tensor, v: Tensor, r: Tensor) -> Tensor:
-    """`y_i + v_i r_i^T`, a rank-one product a sample, in one pass over `y`."""
+    """`y_i + v_i r_i^T`, a rank-one product a sample, in one pass over `y`: in place where the
+    places lie one after the other (a reshape that copies leaves `y` as it was)."""
     v = v.to(y.dtype)
     if isinstance(m, nn.Linear):
         if y.dim() == 2:
-            return torch.addcmul(y, v.unsqueeze(1), r)
-        flat = torch.baddbmm(y.flatten(1, -2), v.flatten(1).unsqueeze(2), r.unsqueeze(1))
+            return y.addcmul_(v.unsqueeze(1), r)
+        flat = y.flatten(1, -2).baddbmm_(v.flatten(1).unsqueeze(2), r.unsqueeze(1))
         return flat.view_as(y)
     groups = m.groups
     rows = y.reshape(len(y) * groups, y.shape[1] // groups, -1)
     v = v.reshape(len(y) * groups, 1, -1)
-    return torch.baddbmm(rows, r.reshape(len(y) * groups, -1, 1), v).view_as(y)
+    return rows.baddbmm_(r.reshape(len(y) * groups, -1, 1), v).view_as(y)
 
 
 # ---- nodes
@@ -188,17 +190,16 @@ def add_nodes(current: Pass, layer: Layer, x: Tensor, y: Tensor) -> Tensor:
     kept = keep(current, layer, head, found, samples, x, y)
     amount = current.staging.eps * (head.scale * node_unit(layer.module))
     wide = torch.promote_types(y.dtype, torch.float32)
-    parts, made = [], {}
-    for part, side in zip(y.view(n, samples, *y.shape[1:]), sides(current), strict=True):
-        if side is not None:
-            query, sign = side
-            if query not in made:
-                made[query] = node_noise(
-                    current.samples.noise, kept, current.key, query, current.backend
-                ).to(wide) * amount.to(wide)
-            part = torch.add(part, made[query].to(y.dtype), alpha=sign)
-        parts.append(part)
-    return torch.cat(parts)
+    made: dict[int, Tensor] = {}
+    for point, side in enumerate(sides(current)):
+        if side is None:
+            continue
+        query, sign = side
+        if query not in made:
+            at = (current.samples.noise, kept, current.key, query, current.backend)
+            made[query] = node_noise(*at).to(wide).mul_(amount.to(wide)).to(y.dtype)
+        y[point * samples : (point + 1) * samples].add_(made[query], alpha=sign)
+    return y
 
 
 def node_unit(m: Any) -> float:

@@ -89,10 +89,11 @@ def _with_noise(current: Pass, layer: Layer, x: Tensor, dtype: torch.dtype | Non
     with current.unwatched():
         own = {local: None if p is None else p.unsqueeze(0) for local, p in m._parameters.items()}
         own.setdefault("bias", None)
-        before = _call(current, run, m, x, own, 1, dtype)
+        y = _call(current, run, m, x, own, 1, dtype)
         if layer.kind.name == "auto":
-            _settle(current, layer, before)
-        y = samples.add_noise(current, layer, x, before)
+            _settle(current, layer, y)
+        before = y if current.watch is None else y.clone()
+        y = samples.add_noise(current, layer, x, y)
     current.note_noise(layer, before, y)
     return y
 
@@ -116,8 +117,9 @@ def embedding(current: Pass, layer: Layer, x: Tensor) -> Tensor:
     m: Any = layer.module
     if layer.kind.name == "node":
         with current.unwatched():
-            before = F.embedding(x, m.weight)
-            y = samples.add_nodes(current, layer, x, before)
+            y = F.embedding(x, m.weight)
+            before = y if current.watch is None else y.clone()
+            y = samples.add_nodes(current, layer, x, y)
         current.note_noise(layer, before, y)
         return y
     return staged.embedding(m, x, staged.stage_all(current, layer), current.count)
