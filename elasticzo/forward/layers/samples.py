@@ -181,7 +181,7 @@ def add_nodes(current: Pass, layer: Layer, x: Tensor, y: Tensor) -> Tensor:
     """The outputs `y` at `w`, and noise on them; the layer keeps its input for the step."""
     if not current.staging.points.halves:
         return y
-    samples, n = count_samples(current, layer, x), current.count
+    samples = count_samples(current, layer, x)
     own = {h: perturbed(current, layer, h) for h in layer.head}
     found = {local: one for local, one in own.items() if one is not None}
     if not found:
