@@ -92,6 +92,29 @@ def step_cpu(content: Content) -> list[Table]:
     return [Table(["batch", "two plain forwards", "ElasticZO step", "MeZO-style step"], rows)]
 
 
+def directions(content: Content) -> list[Table]:
+    """Time and launches of a step, then peaks by network."""
+    steps: list[Row] = [
+        [name, f"{row['ms']:.1f}", f"{row['median']:.2f}x", str(row["launches"])]
+        for name, row in content["steps"].items()
+    ]
+    head = ["step, cut", "ms", "over two forwards", "launches"]
+    tables = [Table(head, steps, f"LeNet-5, batch {content['batch']}.")]
+    for net, peaks in content["memory"].items():
+        whole = peaks["inference"]["measured"]
+        rows: list[Row] = [
+            [
+                name,
+                *(f"{peak[k] / 1e6:.1f}" for k in ("predicted", "measured")),
+                f"{peak['measured'] / whole:.2f}x",
+            ]
+            for name, peak in peaks.items()
+        ]
+        head = ["step", "predicted, MB", "measured, MB", "over inference"]
+        tables.append(Table(head, rows, f"{net} samples; optimisers keep nothing."))
+    return tables
+
+
 def int8_step(content: Content) -> list[Table]:
     """Time of a step and of two passes alone; memory in two models."""
     time: list[Row] = [

@@ -99,6 +99,27 @@ SOURCES = (
         measured.ESTIMATOR,
     ),
     Source(
+        "by_sample_*.json",
+        "What directions of samples and nodes know of the gradient",
+        "One estimate by one pair of passes against the gradient of the same batch, by the size of "
+        "the batch: only directions of samples gain by it. Lines are theory.",
+        "python -m experiments.estimator.by_sample --data mnist --data-dir DIR",
+    ),
+    Source(
+        "batches_*.json",
+        "What a large batch is worth",
+        "Full ZO at equal epochs over the size of the batch; rates follow one rule.",
+        "python -m experiments.studies.batches --data-dir DIR",
+    ),
+    Source(
+        "directions_cpu.json",
+        "What each kind of direction costs",
+        "A step by Adam in the head over two plain forwards of the same network; launches of a "
+        "device; peak memory, predicted and measured.",
+        "python -m experiments.benchmarks.directions_cpu",
+        measured.directions,
+    ),
+    Source(
         "random_walk_*.json",
         "Does the head descend",
         "The head's steps beside steps of the same size whose sign a coin decides: what the method "
