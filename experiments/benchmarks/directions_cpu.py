@@ -54,8 +54,8 @@ class Config:
     """Which of them, by name."""
     rounds: int = 20
     """Timed rounds; each runs every kind once."""
-    threads: int = 2
-    """CPU threads of torch."""
+    threads: tuple[int, ...] = (1, 2)
+    """CPU threads of torch; each is timed."""
     memory: bool = True
     """Predict and measure peak memory, too."""
     out: Path = RESULT
@@ -185,15 +185,18 @@ def memory(batch: int) -> dict[str, dict[str, dict[str, int]]]:
 
 
 def main(config: Config) -> None:
-    torch.set_num_threads(config.threads)
     console = Console(highlight=False)
-    steps = time_and_launches(config)
+    steps = {}
+    for threads in config.threads:
+        torch.set_num_threads(threads)
+        steps[str(threads)] = time_and_launches(config)
     found = memory(config.batch) if config.memory else {}
-    table = Table("step", "ms", "over two forwards", "launches")
-    for name, row in steps.items():
-        cells = (f"{row['ms']:.1f}", f"{row['median']:.2f}", str(row["launches"]))
-        table.add_row(name, *cells)
-    console.print(table)
+    for threads, rows in steps.items():
+        table = Table(f"threads: {threads}", "ms", "over two forwards", "launches")
+        for name, row in rows.items():
+            cells = (f"{row['ms']:.1f}", f"{row['median']:.2f}", str(row["launches"]))
+            table.add_row(name, *cells)
+        console.print(table)
     for net, peaks in found.items():
         table = Table(net, "predicted MB", "measured MB", "measured over inference")
         whole = peaks["inference"]["measured"]

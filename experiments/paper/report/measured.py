@@ -94,12 +94,15 @@ def step_cpu(content: Content) -> list[Table]:
 
 def directions(content: Content) -> list[Table]:
     """Time and launches of a step, then peaks by network."""
-    steps: list[Row] = [
-        [name, f"{row['ms']:.1f}", f"{row['median']:.2f}x", str(row["launches"])]
-        for name, row in content["steps"].items()
-    ]
-    head = ["step, cut", "ms", "over two forwards", "launches"]
-    tables = [Table(head, steps, f"LeNet-5, batch {content['batch']}.")]
+    tables = []
+    for threads, found in content["steps"].items():
+        steps: list[Row] = [
+            [name, f"{row['ms']:.1f}", f"{row['median']:.2f}x", str(row["launches"])]
+            for name, row in found.items()
+        ]
+        head = ["step, cut", "ms", "over two forwards", "launches"]
+        named = f"LeNet-5, batch {content['batch']}, {threads} thread{'s' * (threads != '1')}."
+        tables.append(Table(head, steps, named))
     for net, peaks in content["memory"].items():
         whole = peaks["inference"]["measured"]
         rows: list[Row] = [
