@@ -191,8 +191,8 @@ def main(config: Config) -> None:
         torch.set_num_threads(threads)
         steps[str(threads)] = time_and_launches(config)
     found = memory(config.batch) if config.memory else {}
-    for threads, rows in steps.items():
-        table = Table(f"threads: {threads}", "ms", "over two forwards", "launches")
+    for count, rows in steps.items():
+        table = Table(f"threads: {count}", "ms", "over two forwards", "launches")
         for name, row in rows.items():
             cells = (f"{row['ms']:.1f}", f"{row['median']:.2f}", str(row["launches"]))
             table.add_row(name, *cells)
