@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from elasticzo import ElasticZO
 from elasticzo.feedback import Feedback
@@ -11,7 +12,10 @@ from experiments.train.config import PAPER, TrainConfig
 
 MATRICES = {"feedback": "learnt", "feedback-zero": "zero", "feedback-random": "random"}
 # Points of a cloud have no order: a matrix of each would learn what is the same for all of them.
-SHARED: Mapping[str, tuple[str, ...]] = {"pointnet": ("conv*",)}
+# Seven layers add to the noise of the last, whose exact gradient it spoils (docs/decisions.md).
+OF_MODEL: Mapping[str, Mapping[str, Any]] = {
+    "pointnet": {"shared": ("conv*",), "noise": 0.02, "fit": "residual"}
+}
 GROUPED = ("sample", "auto")  # kinds of which neighbouring samples may share a direction
 
 
@@ -25,7 +29,7 @@ def library_directions(config: TrainConfig) -> str | Feedback:
     kind = config.directions or "weight"
     if kind not in MATRICES:
         return kind
-    return Feedback(matrix=MATRICES[kind], shared=SHARED.get(config.model, ()))
+    return Feedback(matrix=MATRICES[kind], **OF_MODEL.get(config.model, {}))
 
 
 def check_head_rule(config: TrainConfig, optimizer: str) -> None:
