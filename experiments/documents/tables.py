@@ -237,7 +237,18 @@ TABLES: Mapping[str, Callable[[Path], str]] = {
 # What each document must have; further tables are written where they are.
 DOCUMENTS: Mapping[Path, tuple[str, ...]] = {
     README: ("paper", "cost", "paper-int8", "int8-cost"),
-    STUDY: ("claims", "floors", "scratch", "finetune", "int8-gap", "accuracy", "int8"),
+    STUDY: (
+        "samples",
+        "samples-gains",
+        "samples-turned",
+        "claims",
+        "floors",
+        "scratch",
+        "finetune",
+        "int8-gap",
+        "accuracy",
+        "int8",
+    ),
 }
 
 
