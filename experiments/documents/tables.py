@@ -25,7 +25,7 @@ from experiments.paper.report.blocks import Table
 from experiments.paper.report.claims import claims
 from experiments.paper.report.study import accuracy_table, gain_table, integer_table
 from experiments.paper.ways import COMMAND as SAMPLES
-from experiments.paper.ways import read_ways
+from experiments.paper.ways import promises, read_ways
 from experiments.train.plots import standard_error
 
 ROOT = Path(__file__).parents[2]
@@ -146,6 +146,12 @@ def samples(results: Path, gains: bool = False) -> str:
     return markdown((ways.gain_table if gains else ways.accuracy_table)(turned=False))
 
 
+def samples_promises(results: Path) -> str:
+    """What it is to reach, and what came of it."""
+    ways = read_ways(results)
+    return f"No results yet: `{SAMPLES}`." if ways is None else markdown(promises(ways))
+
+
 def samples_turned(results: Path) -> str:
     """The same of fine-tuning on turned images."""
     ways = read_ways(results)
@@ -228,6 +234,7 @@ TABLES: Mapping[str, Callable[[Path], str]] = {
     "samples": samples,
     "samples-gains": partial(samples, gains=True),
     "samples-turned": samples_turned,
+    "samples-promises": samples_promises,
     "claims": claimed,
     "floors": kept,
     "scratch": partial(scenes, turned=False),
@@ -236,9 +243,10 @@ TABLES: Mapping[str, Callable[[Path], str]] = {
 }
 # What each document must have; further tables are written where they are.
 DOCUMENTS: Mapping[Path, tuple[str, ...]] = {
-    README: ("paper", "cost", "paper-int8", "int8-cost"),
+    README: ("samples", "paper", "cost", "paper-int8", "int8-cost"),
     STUDY: (
         "samples",
+        "samples-promises",
         "samples-gains",
         "samples-turned",
         "claims",

@@ -18,9 +18,9 @@ def test_a_number_typed_by_hand_is_found() -> None:
 
 
 def test_a_missing_table_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"README.md has no <!-- paper -->"):
+    with pytest.raises(ValueError, match=r"README.md has no <!-- samples -->"):
         render("nothing")
-    with pytest.raises(ValueError, match=r"results.md has no <!-- claims -->"):
+    with pytest.raises(ValueError, match=r"results.md has no <!-- samples -->"):
         render("nothing", STUDY)
     with pytest.raises(ValueError, match=r"README.md: <!-- cost --> has no <!-- /cost -->"):
         render("".join(f"<!-- {name} -->" for name in DOCUMENTS[README]))
