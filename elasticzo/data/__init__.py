@@ -12,15 +12,14 @@ from elasticzo.data.clouds import (
 from elasticzo.data.download import DownloadError, download_fashion_mnist, download_mnist
 from elasticzo.data.idx import read_idx
 from elasticzo.data.images import (
-    IMAGE_SETS,
     ImageData,
     load_digits,
     load_fashion_mnist,
-    load_images,
     load_mnist,
 )
 from elasticzo.data.order import epoch_order, shuffled
 from elasticzo.data.rotation import rotate_images
+from elasticzo.data.sets import IMAGE_SETS, load_images
 
 __all__ = [
     "CLOUD_SETS",
