@@ -14,6 +14,7 @@ Two passes, and no activation is kept between them. d is biased (a mean Jacobian
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -79,6 +80,14 @@ class Feedback:
 
     def describe(self) -> dict[str, Any]:
         return {k: v for k, v in asdict(self).items() if k != "shared" or v}
+
+    def check_layers(self, names: Sequence[str]) -> None:
+        """Raise ValueError for a pattern of `shared` that no layer has."""
+        for pattern in self.shared:
+            if not fnmatch.filter(names, pattern):
+                raise ValueError(
+                    f"shared {pattern!r} matches no layer of the head: {', '.join(names)}"
+                )
 
     def nodes(self, layer: str, shape: torch.Size) -> torch.Size:
         """`[B, nodes]` of what a layer of this name is about to read, of this shape."""

@@ -29,6 +29,12 @@ ARRAYS = {
 }
 
 
+REFUSED = (
+    pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, MemoryError, TypeError,
+    ValueError,
+)  # fmt: skip
+
+
 class _Arrays(pickle.Unpickler):
     """Numbers, text, lists, dictionaries and arrays."""
 
@@ -51,7 +57,9 @@ def load_cifar10(root: str | Path) -> ImageData:
     """
     folder = Path(root)
     folder = folder / FOLDER if (folder / FOLDER).is_dir() else folder
-    train = sorted(p for p in folder.glob("data_batch_*") if re.fullmatch(r".*_[1-5]", p.name))
+    train = sorted(
+        p for p in folder.glob("data_batch_*") if re.fullmatch(r"data_batch_[1-5]", p.name)
+    )
     test = folder / "test_batch"
     missing = [name for name, there in (("data_batch_1", train), (test.name, test.exists()))
                if not there]  # fmt: skip
@@ -70,7 +78,9 @@ def _read(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
         with path.open("rb") as file:
             content = _load(file)
         pixels, labels = np.asarray(content[b"data"]), np.asarray(content[b"labels"])
-    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
+        if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+            raise ValueError(f"labels of shape {list(labels.shape)} and type {labels.dtype}")
+    except REFUSED as error:
         raise ValueError(f"{path} is no batch of CIFAR-10: {error}") from None
     width = CHANNELS * SIDE * SIDE
     if pixels.dtype != np.uint8 or pixels.shape != (len(labels), width) or not len(labels):

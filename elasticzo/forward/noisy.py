@@ -127,7 +127,9 @@ class Noisy(Listener):
         with own_work():
             if not around and not self._goes_on(layer, args):
                 args, kwargs = self._end_inputs(layer, call, args, kwargs)
-        alone = not around and not layer.module._modules  # reads its arguments, and nothing else
+        # One of torch's own reads its arguments, and nothing else; a user's may read anything.
+        known = type(layer.module).__module__.startswith("torch.nn.modules.")
+        alone = known and not around and not layer.module._modules
         with opened(current, layer) as leaves, own_work() if alone else nullcontext():
             self._leaves += leaves
             output = run(*args, **kwargs)

@@ -25,7 +25,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,6 @@ from elasticzo.data import load_images
 from elasticzo.models import LeNet5
 from experiments.commands import RESULTS, plain_console, run_command, tracked
 from experiments.files import write_json
-from experiments.train.config import Data
 from experiments.train.environment import made_on
 from experiments.train.plots import pyplot, save
 
@@ -51,7 +50,7 @@ EPS = 1e-5  # in float64
 class Config:
     """Cosine between estimates and the gradient, by kind of direction and size of the batch."""
 
-    data: Data = "digits"
+    data: Literal["digits", "mnist", "fashion-mnist"] = "digits"
     """Images."""
     data_dir: Path | None = None
     """Folder of the data set's files; not needed for digits."""

@@ -91,7 +91,7 @@ MODELNET10 = Task(
     tune_on=3_480,
     settings={"points": 128},
 )
-CIFAR10 = Task("cifar10", "cnn", 30_000, epochs=6)
+CIFAR10 = Task("cifar10", "cnn", 30_000, epochs=6, tune_on=25_000)
 MODELNET40 = Task(
     "modelnet40", "pointnet", 9_840, epochs=100, batch_size=32, hold_out=984, tune_on=8_856
 )

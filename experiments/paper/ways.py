@@ -84,9 +84,10 @@ class Ways:
     def accuracies(self, scene: Scene, way: Way) -> dict[int, float]:
         """Test accuracy in % by seed; the paper's study serves what this one has not run."""
         own = self.samples.accuracies(scene, "fp32", way.method, way.directions)
-        if own or way.directions is not None or self.paper is None:
+        if way.directions is not None or self.paper is None:
             return own
-        return self.paper.accuracies(scene, "fp32", way.method)
+        other = self.paper.accuracies(scene, "fp32", way.method)
+        return own if len(own) >= len(other) else other
 
     def gain(self, scene: Scene, way: Way, over: Way) -> Mean | None:
         """Points over another way, seed by seed."""

@@ -206,7 +206,8 @@ class FloatLearner(Learner):
         """What `model.backward` takes; the third pass is left out where it would feed nothing, or
         where the one pass is clean."""
         if isinstance(self.model.module, LocalNet):
-            return losses.mean() + self.model.module.local_losses(y)
+            with self._autocast():
+                return losses.mean() + self.model.module.local_losses(y)
         if self.config.tail_source != "clean":
             return self.config.tail_source or "mean"
         if self.tail is None or self.model.halves == 1:

@@ -32,7 +32,8 @@ class LocalNet(nn.Module):
         for layer in layers[1:]:
             layer.register_forward_pre_hook(self._end)
         with torch.no_grad():
-            self.net(example)
+            self.net.eval()(example)  # no statistics move
+        self.net.train()
         widths = [t[0].numel() for t in self._ends]
         self.classifiers = nn.ModuleList(nn.Linear(n, classes) for n in widths)
         self._ends.clear()

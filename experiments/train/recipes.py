@@ -120,7 +120,6 @@ RECIPES: Mapping[str, Mapping[str, Recipe]] = {
         "cls2": Recipe(head_lr=1e-4),
         "cls1": Recipe(head_lr=1e-4),
         "full-bp": Recipe(tail_lr=rates(adam=1e-3, sgd=1e-1)),
-        "local": Recipe(tail_lr=rates(adam=1e-3, sgd=1e-1)),
         "frozen-cls2": Recipe(tail_lr=rates(adam=1e-2)),
         "frozen-cls1": Recipe(),
     },

@@ -48,6 +48,10 @@ def resolve(config: TrainConfig) -> TrainConfig:
 
 def _floats(config: TrainConfig) -> dict[str, Any]:
     """The defaults of a method, fp32 or bf16."""
+    if config.method == "local" and config.model == "resnet20":
+        raise ValueError("method 'local' needs layers one after the other, got model 'resnet20'")
+    if config.method == "local" and config.start_from is not None:
+        raise ValueError("method 'local' has classifiers that no trained run has: no start_from")
     recipe = asdict(recipe_of(config.model, config.method, config.directions))
     check_head_rule(config, recipe["head_optimizer"])
     optimizer = config.tail_optimizer or recipe["tail_optimizer"]

@@ -74,5 +74,7 @@ def test_what_is_said_of_it() -> None:
     assert of("b1", torch.Size([2, 3, 4, 5])) == (2, 3)
     assert of("a", torch.Size([2, 3, 4, 5])) == (2, 60)
     assert of("b1", torch.Size([2, 3])) == (2, 3)
+    with pytest.raises(ValueError, match=r"shared 'c\*' matches no layer of the head: .*b"):
+        wrapped(Points(), shared=["b", "c*"])
     with pytest.raises(TypeError, match="name patterns, got 'conv"):
         Feedback(shared="conv*")

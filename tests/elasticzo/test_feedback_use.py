@@ -265,3 +265,41 @@ def test_what_would_be_another_network_is_refused() -> None:
 class Sum(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.sum()
+
+
+class Skips(nn.Module):
+    """A layer of the user's that reads an earlier activation which is no argument of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.skip = nn.Parameter(torch.ones(6)), torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.w * self.skip
+
+
+def test_a_layer_reads_what_took_an_activations_place_by_other_ways_too() -> None:
+    """The skip of a user's layer, an attribute, has the noise that the block's input has."""
+    torch.manual_seed(0)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 6), Skips()
+            self.tail, self.seen = nn.Linear(6, 2), []
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x).relu()
+            z = self.b(h).relu()
+            self.c.skip = h
+            y = self.c(z)
+            self.seen.append((y - z).detach())  # w = 1: the skip as it was read
+            out: Tensor = self.tail(y)
+            return out
+
+    net, x = Net(), torch.randn(5, 4)
+    model = wrapped(net, noise=0.5)
+    step(model, (x,), ZOSGD(model, lr=0.0))
+    clean, noisy = net.seen[-2:]
+    torch.testing.assert_close(clean, net.a(x).relu().detach())
+    assert (noisy - clean).abs().min() > 0.05  # each element has its sign

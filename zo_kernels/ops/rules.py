@@ -54,7 +54,7 @@ def apply_rule_(
     tensors = (w, u_noise, *state)
     fits = all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
     watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-    if fits and not watched and resolve_backend(backend, w.device) == "numba":
+    if resolve_backend(backend, w.device) == "numba" and fits and not watched:
         implementation("rules", "apply_rule_", "numba")(*args)
         for t in (w, *state):
             torch.autograd.graph.increment_version(t)
