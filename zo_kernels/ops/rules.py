@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from zo_kernels.reference.rules import apply_rule_ as in_torch
 from zo_kernels.registry import (
     WEIGHT_DTYPES,
     check_in_place,
@@ -54,9 +53,11 @@ def apply_rule_(
     tensors = (w, u_noise, *state)
     fits = all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
     watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-    if resolve_backend(backend, w.device) == "numba" and fits and not watched:
-        implementation("rules", "apply_rule_", "numba")(*args)
+    compiled = resolve_backend(backend, w.device) == "numba" and fits and not watched
+    run = implementation("rules", "apply_rule_", "numba" if compiled else "reference")
+    if compiled:
+        run(*args)
         for t in (w, *state):
             torch.autograd.graph.increment_version(t)
     else:
-        in_torch(*args, words)
+        run(*args, words)
