@@ -163,6 +163,8 @@ class ElasticZO(ZOModule):
         of = (model, self.cut, self.head, self.session, self.estimator.direction, samples, learnt)
         how |= {"path": path, "directions": directions, "wanted": compute_dtype}
         self.engine = Engine(*of, **how)
+        if learnt is not None:
+            learnt.check_layers(list(self.engine.plan.layers))
         for _, p in self.head.named():
             p.requires_grad_(False)
             p.elasticzo_head = True

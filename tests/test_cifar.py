@@ -69,9 +69,13 @@ def test_what_is_no_batch_is_refused(
         (inner / "data_batch_1").write_bytes(text)
         with pytest.raises(ValueError, match=message):
             load_cifar10(folder)
-    batch(inner, "data_batch_1", [1, 2], **{"x": 0})
+    for labels in (3, ["a", "b"], [1.5, 2.5]):
+        (inner / "data_batch_1").write_bytes(pickle.dumps({b"data": 0, b"labels": labels}))
+        with pytest.raises(ValueError, match=r"data_batch_1 is no batch .*: labels of shape"):
+            load_cifar10(folder)
     content = {b"data": np.zeros((2, 10), np.uint8), b"labels": [1, 2]}
     (inner / "data_batch_1").write_bytes(pickle.dumps(content))
+    batch(inner, "data_batch_10", [1])  # of another name: not read
     with pytest.raises(ValueError, match=r"images \[n, 3072\] and as many labels, got uint8"):
         load_cifar10(folder)
     with pytest.raises(FileNotFoundError, match="data_batch_1 is neither in"):

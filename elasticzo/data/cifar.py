@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pickle
-import re
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,9 +56,7 @@ def load_cifar10(root: str | Path) -> ImageData:
     """
     folder = Path(root)
     folder = folder / FOLDER if (folder / FOLDER).is_dir() else folder
-    train = sorted(
-        p for p in folder.glob("data_batch_*") if re.fullmatch(r"data_batch_[1-5]", p.name)
-    )
+    train = sorted(folder.glob("data_batch_[1-5]"))
     test = folder / "test_batch"
     missing = [name for name, there in (("data_batch_1", train), (test.name, test.exists()))
                if not there]  # fmt: skip
@@ -76,7 +73,7 @@ def _read(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Images and labels of one batch."""
     try:
         with path.open("rb") as file:
-            content = _load(file)
+            content = _Arrays(file, encoding="bytes").load()
         pixels, labels = np.asarray(content[b"data"]), np.asarray(content[b"labels"])
         if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
             raise ValueError(f"labels of shape {list(labels.shape)} and type {labels.dtype}")
@@ -90,7 +87,3 @@ def _read(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
         )
     images = torch.from_numpy(pixels.copy()).view(-1, CHANNELS, SIDE, SIDE)
     return images, torch.from_numpy(labels.astype(np.int64))
-
-
-def _load(file: IO[bytes]) -> Any:
-    return _Arrays(file, encoding="bytes").load()

@@ -91,8 +91,6 @@ class Engine:
         self.samples, self.feedback = samples, feedback
         self.compute_dtype, self.precision = parse_compute_dtype(wanted)
         self.plan = build_plan(module, head, path, directions)
-        if feedback is not None:
-            feedback.check_layers([layer.name for layer in self.plan.layers.values()])
         if pairing == "stacked" and self.plan.sequence_first and not cut.everything:
             raise ValueError(
                 "pairing='stacked' needs the batch as dimension 0, but these modules have "

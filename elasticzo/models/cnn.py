@@ -6,6 +6,8 @@ from collections import OrderedDict
 
 from torch import nn
 
+from elasticzo.models.first_weights import kaiming_
+
 WIDTHS = (32, 64, 64)
 
 
@@ -32,8 +34,4 @@ class SmallCNN(nn.Sequential):
         layers["flat"] = nn.Flatten()
         layers["fc"] = nn.Linear(WIDTHS[-1] * 4 * 4, classes)
         super().__init__(OrderedDict(layers))
-        for module in self:
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-                assert module.bias is not None
-                nn.init.zeros_(module.bias)
+        kaiming_(self)

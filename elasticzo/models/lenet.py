@@ -6,6 +6,8 @@ from collections import OrderedDict
 
 from torch import nn
 
+from elasticzo.models.first_weights import kaiming_
+
 
 class LeNet5(nn.Sequential):
     """Two 5x5 convolutions (padding 2, ReLU, 2x2 max-pooling), then 784-120-84-classes.
@@ -34,8 +36,4 @@ class LeNet5(nn.Sequential):
             "fc3": nn.Linear(84, classes),
         }
         super().__init__(OrderedDict(layers))
-        for module in self:
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-                assert module.bias is not None
-                nn.init.zeros_(module.bias)
+        kaiming_(self)

@@ -6,6 +6,7 @@ from collections import OrderedDict
 
 from torch import nn
 
+from elasticzo.models.first_weights import kaiming_
 from elasticzo.models.points import MaxPoints
 
 POINT_CHANNELS = (64, 64, 64, 128, 1024)
@@ -45,8 +46,4 @@ class PointNet(nn.Sequential):
             inner = outer
         layers["fc3"] = nn.Linear(inner, classes)
         super().__init__(OrderedDict(layers))
-        for module in self:
-            if isinstance(module, (nn.Conv1d, nn.Linear)):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-                assert module.bias is not None
-                nn.init.zeros_(module.bias)
+        kaiming_(self)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from elasticzo.models.first_weights import kaiming_
+
 # Channels of the convolutions in multiples of `width`; 0 is a 2x2 max-pooling.
 PLAN = (1, 0, 2, 0, 4, 4, 0, 8, 8, 0, 8, 8, 0)
 
@@ -34,11 +36,7 @@ class VGG11(nn.Module):
             inner = factor * width
         self.features = nn.Sequential(*layers)
         self.fc = nn.Linear(inner, classes)
-        for module in self.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-                assert module.bias is not None
-                nn.init.zeros_(module.bias)
+        kaiming_(self)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.features(x).flatten(1))  # type: ignore[no-any-return]

@@ -241,6 +241,8 @@ def test_state_without_an_update_is_refused() -> None:
 
 def test_errors_of_apply_rule_() -> None:
     one = f64(1.0, "cpu")
+    with pytest.raises(ValueError, match=r"backend must be one of .* got 'nope'"):
+        apply_rule_(W.double(), W.double(), one, one, torch.zeros(()), backend="nope")
     with pytest.raises(ValueError, match=r"u_noise must have shape \[3, 4\], got \[3\]"):
         apply_rule_(W, torch.zeros(3), one, one, one)
     with pytest.raises(TypeError, match=r"w must be torch\.float32 or"):

@@ -27,7 +27,7 @@ def test_no_error_passes_from_a_layer_to_the_one_before(build: Callable[[], nn.M
     x = torch.randn(4, 1, 28, 28) if isinstance(net, LeNet5) else torch.randn(4, 3, 16)
     plain, y = copy.deepcopy(net), torch.tensor([1, 0, 3, 2])
     local = LocalNet(net, x, 10)
-    plain.load_state_dict(net.state_dict())  # BatchNorm saw the example
+    assert all(torch.equal(t, plain.state_dict()[k]) for k, t in net.state_dict().items())
     torch.testing.assert_close(local.eval()(x), plain.eval()(x))
     local.train()
     outputs, ends = local(x), list(local._ends)
@@ -46,5 +46,18 @@ def test_it_trains_by_the_command_and_has_no_integers(tmp_path: Path) -> None:
     given = {"method": "local", "device": "cpu", "tensorboard": False, "plot": False}
     found = train(resolve(TrainConfig(**given, epochs=12, eval_epochs=12, out=tmp_path / "run")))
     assert found["test_accuracy"] > 70.0
-    with pytest.raises(ValueError, match="'local' is of fp32 and bf16"):
-        resolve(TrainConfig(method="local", precision="int8"))
+    for changes, message in (
+        ({"precision": "int8"}, "'local' is of fp32 and bf16"),
+        ({"model": "resnet20"}, "'local' needs layers one after the other, got model 'resnet20'"),
+        ({"start_from": tmp_path / "run"}, "'local' has classifiers that no trained run has"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            resolve(TrainConfig(method="local", **changes))
+
+
+def test_it_runs_in_bf16(tmp_path: Path) -> None:
+    config = TrainConfig(
+        method="local", precision="bf16", epochs=1, train_images=64, device="cpu",
+        tensorboard=False, plot=False, out=tmp_path / "run",
+    )  # fmt: skip
+    assert train(resolve(config))["steps"] == 1
