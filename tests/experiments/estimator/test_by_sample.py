@@ -50,3 +50,5 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert (tmp_path / "by_sample_digits.png").exists()
     assert main([*given[:-2], "--draws", "1"]) == 2
     assert "draws must be >= 2, got 1" in capsys.readouterr().err
+    assert main(["--data", "mnist"]) == 2
+    assert "data_dir must name their folder" in capsys.readouterr().err
