@@ -191,7 +191,7 @@ def work(config: Config, console: Console) -> list[dict[str, Any]]:
     if config.draws < 2:
         raise ValueError(f"draws must be >= 2, got {config.draws}")
     if config.data != "digits" and config.data_dir is None:
-        raise ValueError(f"data {config.data!r} is read from files: data_dir must name their folder")
+        raise ValueError(f"{config.data} is read from files: data_dir must name their folder")
     data = load_images(config.data, config.data_dir)
     if max(config.batches) > len(data.train_x):
         raise ValueError(f"batches must be <= {len(data.train_x)} samples, got {config.batches}")
