@@ -26,6 +26,7 @@ from elasticzo.head import HeadParameter
 from elasticzo.settings import check_integer, check_number
 
 MATRICES = ("learnt", "random", "zero")
+PATTERNS = ("shared", "exact")  # settings that name layers
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ class Feedback:
         shared: name patterns of layers whose inputs `[B, channels, places...]` have one node a
             channel: one sign and one row of M for all places, which share the error equally. For
             places that are exchangeable (points of a cloud), and where M is to be small.
+        exact: name patterns of the head's last layers, through which the errors come back by
+            backpropagation: of their activations alone, in the clean pass, so that of a linear
+            layer and its ReLU no more is kept than its output. All layers up to the cut must be;
+            one that is not ends it, and those before it learn by their matrices.
     Source: Xiao et al., "Online pseudo-zeroth-order training" (arXiv:2407.12516); Lillicrap et al.
         2016 and Noekland 2016 (arXiv:1609.01596) for fixed random feedback.
     """
@@ -61,6 +66,7 @@ class Feedback:
     parts: int = 1
     width: int = 512
     shared: tuple[str, ...] = ()
+    exact: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.matrix not in MATRICES:
@@ -72,22 +78,29 @@ class Feedback:
         check_number("beta", self.beta, "in (0, 1]", lambda v: 0.0 < v <= 1.0)
         check_integer("width", self.width, 1, 1 << 20)
         check_integer("parts", self.parts, 1, 1 << 20)
-        if isinstance(self.shared, str) or not all(isinstance(p, str) for p in self.shared):
-            raise TypeError(f"shared must be a sequence of name patterns, got {self.shared!r}")
-        object.__setattr__(self, "shared", tuple(self.shared))
+        for name in PATTERNS:
+            given = getattr(self, name)
+            if isinstance(given, str) or not all(isinstance(p, str) for p in given):
+                raise TypeError(f"{name} must be a sequence of name patterns, got {given!r}")
+            object.__setattr__(self, name, tuple(given))
         if self.unbiased and self.matrix != "learnt":
             raise ValueError(f"unbiased corrects what is learnt, got matrix={self.matrix!r}")
 
     def describe(self) -> dict[str, Any]:
-        return {k: v for k, v in asdict(self).items() if k != "shared" or v}
+        return {k: v for k, v in asdict(self).items() if k not in PATTERNS or v}
 
     def check_layers(self, names: Sequence[str]) -> None:
-        """Raise ValueError for a pattern of `shared` that no layer has."""
-        for pattern in self.shared:
-            if not fnmatch.filter(names, pattern):
-                raise ValueError(
-                    f"shared {pattern!r} matches no layer of the head: {', '.join(names)}"
-                )
+        """Raise ValueError for a pattern that no layer has."""
+        for name in PATTERNS:
+            for pattern in getattr(self, name):
+                if not fnmatch.filter(names, pattern):
+                    raise ValueError(
+                        f"{name} {pattern!r} matches no layer of the head: {', '.join(names)}"
+                    )
+
+    def is_exact(self, layer: str) -> bool:
+        """Whether errors come back through the layer of this name by backpropagation."""
+        return any(fnmatch.fnmatchcase(layer, p) for p in self.exact)
 
     def nodes(self, layer: str, shape: torch.Size) -> torch.Size:
         """`[B, nodes]` of what a layer of this name is about to read, of this shape."""

@@ -219,8 +219,7 @@ class Engine:
             autocast=torch.get_autocast_dtype(device.type) if on else None,
             modes=tuple(m.training for m in self._known),
             outputs=outputs,
-            cut=clean.cut,
-            outer=clean.outer,
+            **clean.left(),
         )
         return output, [heard]
 
@@ -250,7 +249,7 @@ class Engine:
 
     def _listened(self, current: Pass, args: Any, kwargs: Any) -> Pass:
         if self.feedback is not None:
-            current.listener = Clean(around(self.plan, self.cut), (args, kwargs))
+            current.listener = Clean(around(self.plan, self.cut), (args, kwargs), self.feedback)
         return current
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -63,6 +63,7 @@ def learn_by_feedback(
             for name, move, squares in noisy.answers(change):
                 moves[name] = moves[name] + move if name in moves else move
                 left[name] = left[name] + squares if name in left else squares
+        one.ends.clear()  # which the graph of losses that a user keeps would hold
     for name, u in gradients.items():
         scaled(name, u)
     samples = sum(one.samples for one in heard)

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from elasticzo.feedback import Feedback
 from elasticzo.forward.passes import Layer, Pass
 from elasticzo.head import HeadParameter
 
-Entry = tuple[str, int, int]  # module of the tail, which of its calls, which of its inputs
+Entry = tuple[str, int, int]  # a module, which of its calls, which of its inputs
 Leaves = list[tuple[str, Tensor]]  # weights by name
 
 
@@ -37,6 +38,7 @@ class Heard:
         outputs: `[1, B, ...]`, by their places; their gradients will be there.
         cut: what the tail's modules read, likewise.
         outer: weights of modules around the cut as leaves: what comes behind it is exact.
+        ends: the errors of what exact layers read, which the backward leaves here.
     """
 
     args: Any
@@ -51,6 +53,7 @@ class Heard:
     outputs: dict[int, Tensor]
     cut: dict[Entry, Tensor]
     outer: Leaves
+    ends: dict[Entry, Tensor]
 
     def check(self, modules: list[nn.Module]) -> None:
         """Raise RuntimeError where the second pass would not be that of the first one's network."""
@@ -119,6 +122,10 @@ def floats(tree: Any) -> list[Tensor]:
     return [t for t in pytree.tree_leaves(tree) if is_float(t)]
 
 
+def each_once(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return list({id(t): t for t in tensors}.values())
+
+
 @dataclass
 class Order:
     """At which of its ends a step is done with a weight: known from the first noisy pass on, so
@@ -170,10 +177,18 @@ class Listener(ABC):
 
 
 class Clean(Listener):
-    """Makes leaves where the head ends; see `Heard` for what it has then."""
+    """Makes leaves where the head ends; see `Heard` for what it has then.
 
-    def __init__(self, around: set[str], inputs: Any) -> None:
+    Args:
+        inputs: of the model, which have no error.
+        settings: which layers the errors go on through.
+    """
+
+    def __init__(self, around: set[str], inputs: Any, settings: Feedback) -> None:
         super().__init__(around)
+        self.settings = settings
+        self.ends: dict[Entry, Tensor] = {}
+        self._through = False
         self.cut: dict[Entry, Tensor] = {}
         self.outer: Leaves = []
         self._inputs = {id(t) for t in pytree.tree_leaves(inputs)}
@@ -185,8 +200,40 @@ class Clean(Listener):
             with opened(current, layer) as leaves:
                 self.outer += leaves
                 return run(*args, **kwargs)
-        args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+        if self.settings.is_exact(layer.name):
+            args, kwargs = self._into(layer.name, args, kwargs)
+        else:
+            args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
         return run(*args, **kwargs)
+
+    def _into(self, name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The inputs of an exact layer, which will tell their errors."""
+        call, done = self.next_call(name), dict[int, Tensor]()
+        args, kwargs = pytree.tree_map(self.instead, (args, kwargs))
+        for place, t in enumerate(each_once(floats((args, kwargs)))):
+            if id(t) not in self._inputs:
+                done[id(t)] = self._told((name, call, place), t)
+        args, kwargs = pytree.tree_map(lambda t: done.get(id(t), t), (args, kwargs))
+        return args, kwargs
+
+    def _told(self, at: Entry, t: Tensor) -> Tensor:
+        ends, self._through = self.ends, True
+
+        def tell(error: Tensor) -> None:
+            ends[at] = ends[at] + error if at in ends else error
+
+        def take(leaf: Tensor) -> None:  # so that nothing holds the leaf itself
+            assert leaf.grad is not None
+            tell(leaf.grad)
+            leaf.grad = None
+
+        if t.requires_grad:
+            t.register_hook(tell)  # type: ignore[no-untyped-call]
+            return t
+        leaf = t.detach().requires_grad_()
+        leaf.register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call]
+        self.replaced[id(t)] = (t, leaf)
+        return leaf
 
     def tail(self, name: str, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         call = self.next_call(name)
@@ -198,9 +245,9 @@ class Clean(Listener):
         return run(*args, **kwargs)
 
     def _end(self, at: Entry, t: Tensor) -> Tensor:
-        if id(t) in self._inputs or (t.requires_grad and not self.outer):
+        if id(t) in self._inputs or (t.requires_grad and not (self.outer or self._through)):
             return t  # the tail's own, or a leaf already
-        if t.requires_grad:  # of weights around the cut
+        if t.requires_grad:  # of weights around the cut, or by way of exact layers
             t.retain_grad()
             self.cut[at] = t
             return t
@@ -210,6 +257,10 @@ class Clean(Listener):
 
     def instead(self, t: Any) -> Any:
         return self.replaced[id(t)][1] if id(t) in self.replaced else t
+
+    def left(self) -> dict[str, Any]:
+        """What `Heard` has of it."""
+        return {"cut": self.cut, "outer": self.outer, "ends": self.ends}
 
     def outputs(self, tree: Any) -> tuple[Any, dict[int, Tensor]]:
         """The outputs with leaves where no gradient would come to, and all of them by places."""

@@ -29,6 +29,7 @@ from elasticzo.forward.listening import (
     Leaves,
     Listener,
     Order,
+    each_once,
     floats,
     is_float,
     opened,
@@ -175,9 +176,15 @@ class Noisy(Listener):
         else:
             read = floats((args, kwargs))
         batch, done = len(self.error), dict[int, Tensor]()
-        for place, t in enumerate({id(t): t for t in read if t.requires_grad}.values()):
+        places = {id(t): place for place, t in enumerate(each_once(floats((args, kwargs))))}
+        for place, t in enumerate(each_once(t for t in read if t.requires_grad)):
             if t.dim() and t.shape[0] == batch:  # else its graph goes on through the layer
-                done[id(t)] = self._end(layer, call, place, t)
+                exact = self.heard.ends.get((layer.name, call, places[id(t)]))
+                if exact is None:
+                    done[id(t)] = self._end(layer, call, place, t)
+                else:
+                    self._learn_exactly(t, exact[self.here])
+                    done[id(t)] = t.detach()
                 self._replace(t, done[id(t)])
         args, kwargs = pytree.tree_map(lambda t: done.get(id(t), t), (args, kwargs))
         return args, kwargs
@@ -187,9 +194,12 @@ class Noisy(Listener):
         if not t.requires_grad:
             return
         if d is not None:
-            outer = {name for name, _ in self.heard.outer}
-            self._learn(t, d, [(name, w) for name, w in self._leaves if name not in outer])
+            self._learn_exactly(t, d)
         self._replace(t, t.detach())
+
+    def _learn_exactly(self, t: Tensor, d: Tensor) -> None:
+        outer = {name for name, _ in self.heard.outer}
+        self._learn(t, d, [(name, w) for name, w in self._leaves if name not in outer])
 
     def _replace(self, t: Tensor, other: Tensor) -> None:
         """From now on `other` is read where `t` is, as long as someone holds that."""

@@ -122,8 +122,11 @@ PRESETS: Mapping[str, Preset] = {
         methods=(*METHODS, "local"),
         arithmetics=("fp32",),
         directions={
-            "cls2": ("feedback", "feedback-zero", "feedback-random", "auto"),
-            "cls1": ("feedback", "auto"),
+            "cls2": (
+                *("feedback", "feedback-zero", "feedback-random"),
+                *("feedback-exact", "feedback-exact-zero", "auto"),
+            ),
+            "cls1": ("feedback", "feedback-exact", "feedback-exact-zero", "auto"),
             "full-zo": ("feedback", "auto"),
         },
     ),

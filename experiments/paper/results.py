@@ -8,6 +8,7 @@ from typing import Any
 
 from experiments.files import write_json
 from experiments.paper.cells import Cell, row, trials
+from experiments.paper.kept import earlier, kept
 from experiments.paper.plan import Plan, Results
 from experiments.paper.presets import Preset
 from experiments.studies.study import without_places
@@ -33,8 +34,15 @@ def command(preset: Preset) -> str:
     return f"python -m experiments.paper --preset {preset.name} --data-dir DIR"
 
 
-def summary(plan: Plan, results: Results, failed: Mapping[Cell, str]) -> dict[str, Any]:
-    """All of the results file."""
+def summary(
+    plan: Plan, own: Results, failed: Mapping[Cell, str], before: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All of the results file.
+
+    Args:
+        own: what ran. before: the file's content so far, whose other rows stay.
+    """
+    results = {**kept(plan, before, own), **own}
     done = [cell for cell in plan.cells if cell in results]
     missing = [cell for cell in plan.cells if cell not in results]
     return {
@@ -46,9 +54,9 @@ def summary(plan: Plan, results: Results, failed: Mapping[Cell, str]) -> dict[st
         "runs": [{**row(c), **{k: results[c].get(k) for k in MEASURED}} for c in done],
         "settings": settings(plan, done, results),
         "missing": [{**row(c), "why": failed.get(c, "not run")} for c in missing],
-        "hardware": sorted({str(results[c]["hardware"]) for c in done}),
-        "versions": _distinct([results[c]["versions"] for c in done]),
-        "commits": sorted({str(results[c]["commit"]) for c in done}),
+        "hardware": sorted({str(one) for one in _told(results, "hardware")}),
+        "versions": _distinct(_told(results, "versions")),
+        "commits": sorted({str(one) for one in _told(results, "commit")}),
     }
 
 
@@ -87,6 +95,12 @@ def settings(plan: Plan, done: Sequence[Cell], results: Results) -> list[dict[st
     return list(found.values())
 
 
+def _told(results: Results, name: str) -> list[Any]:
+    """What the runs say of themselves; of rows that were kept, all that their file said."""
+    values = [result[name] for result in results.values()]
+    return [one for v in values for one in (v if isinstance(v, list) else [v])]
+
+
 def _plain(changes: Mapping[str, Any]) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in changes.items()}
 
@@ -97,7 +111,8 @@ def _distinct(values: Sequence[Any]) -> list[Any]:
 
 
 def write(plan: Plan, results: Results, failed: Mapping[Cell, str], folder: Path) -> Path:
-    """paper_<preset>.json, whole or not at all; its path."""
+    """paper_<preset>.json, whole or not at all, with the rows that it has of the same settings; its
+    path."""
     path = folder / f"paper_{plan.preset.name}.json"
-    write_json(path, summary(plan, results, failed))
+    write_json(path, summary(plan, results, failed, earlier(path)))
     return path

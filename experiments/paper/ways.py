@@ -27,6 +27,8 @@ COMMAND = "python -m experiments.paper --preset samples --data-dir DIR"
 WEIGHT = "one number a batch (the paper)"
 AUTO = "one number a sample"
 FEEDBACK = "every sample, by learnt feedback"
+EXACT = "every sample, exactly at its end, below by learnt feedback"
+EXACT_ZERO = "at its end alone, exactly (control: M = 0)"
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,14 @@ WAYS = (
     Way("Cls2", "the last layer alone, exactly (control, M = 0)", "cls2", "feedback-zero"),
     Way("Cls2", "every sample, by random feedback (control)", "cls2", "feedback-random"),
     Way("Cls2", FEEDBACK, "cls2", "feedback"),
+    Way("Cls2", EXACT_ZERO, "cls2", "feedback-exact-zero"),
+    Way("Cls2", EXACT, "cls2", "feedback-exact"),
     Way("Cls1", "nothing: frozen (control)", "frozen-cls1"),
     Way("Cls1", WEIGHT, "cls1"),
     Way("Cls1", AUTO, "cls1", "auto"),
     Way("Cls1", FEEDBACK, "cls1", "feedback"),
+    Way("Cls1", EXACT_ZERO, "cls1", "feedback-exact-zero"),
+    Way("Cls1", EXACT, "cls1", "feedback-exact"),
     Way("a loss of its own for each layer", "every sample, by BP inside of layers", "local"),
     Way("Full BP", "every sample, by BP", "full-bp"),
 )
@@ -67,7 +73,7 @@ LEAST: Mapping[tuple[str, str], Mapping[str, float]] = {
 BEHIND: Mapping[str, float] = {
     "mnist": 0.5, "fashion-mnist": 1.6, "modelnet10": 2.0, "cifar10": 5.0,
 }  # fmt: skip
-LEARNT = tuple(way for way in WAYS if way.directions == "feedback")
+LEARNT = tuple(way for way in WAYS if way.directions in ("feedback", "feedback-exact"))
 
 
 class Ways:
@@ -121,12 +127,13 @@ class Ways:
                 gains = [self.gain(s, way, over) for s in there]
                 if any(gain is not None for gain in gains):
                     texts = [gain_text(gain, self.seeds) for gain in gains]
-                    rows.append([way.title, f"{over.title}: {over.learns}", *texts])
+                    name = f"{way.title}: {way.learns}"
+                    rows.append([name, f"{over.title}: {over.learns}", *texts])
         caption = (
             "In points, mean ± standard error of the differences seed by seed, "
             f"n = {self.seeds} or as in brackets."
         )
-        return Table(["learnt feedback of", "over", *titles], rows, caption)
+        return Table(["way", "over", *titles], rows, caption)
 
 
 def promises(ways: Ways) -> Table:

@@ -14,8 +14,9 @@ Data = Literal["digits", "mnist", "fashion-mnist", "cifar10", "modelnet10", "mod
 Method = Literal["full-zo", "cls2", "cls1", "full-bp", "frozen-cls2", "frozen-cls1", "local"]
 Schedule = Literal["constant", "cosine", "linear", "step"]
 Directions = Literal[
-    "weight", "rank1", "sample", "node", "auto", "feedback", "feedback-zero", "feedback-random"
-]
+    "weight", "rank1", "sample", "node", "auto",
+    "feedback", "feedback-zero", "feedback-random", "feedback-exact", "feedback-exact-zero",
+]  # fmt: skip
 # A flag that the recipe decides where it is not given: --name or --no-name.
 Flag = Annotated[bool | None, tyro.conf.arg(constructor=bool)]
 
@@ -59,9 +60,10 @@ class TrainConfig:
     paper's; rank1: one of rank one a batch; sample: one of rank one a sample; node: noise on the
     outputs of each layer, one a sample; auto: of these two the one that looks into fewer
     dimensions, layer by layer; feedback: errors that come back through matrices, learnt from noise
-    on what the layers read, in two passes; its controls feedback-zero (no matrices: the layer at
-    the cut learns alone) and feedback-random (fixed random ones). Not with int8. Default:
-    weight."""
+    on what the layers read, in two passes; feedback-exact: likewise, but through the head's last
+    layers (of few activations) they come back by backpropagation; controls: feedback-zero and
+    feedback-exact-zero (no matrices: what lies behind exact errors learns alone) and
+    feedback-random (fixed random ones). Not with int8. Default: weight."""
     group: int = 1
     """Neighbouring samples that share a direction of sample or auto, >= 1."""
     noise: Literal["normal", "rademacher"] | None = None

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from elasticzo import ElasticZO
 from elasticzo.feedback import Feedback
 from experiments.train.config import PAPER, TrainConfig
 
-MATRICES = {"feedback": "learnt", "feedback-zero": "zero", "feedback-random": "random"}
+MATRICES = {
+    "feedback": "learnt", "feedback-zero": "zero", "feedback-random": "random",
+    "feedback-exact": "learnt", "feedback-exact-zero": "zero",
+}  # fmt: skip
 # Points of a cloud have no order: a matrix of each would learn what is the same for all of them.
 # Seven layers add to the noise of the last, whose exact gradient it spoils (docs/decisions.md).
 OF_MODEL: Mapping[str, Mapping[str, Any]] = {
     "pointnet": {"shared": ("conv*",), "noise": 0.02, "fit": "residual"}
 }
+# The last layers, whose activations are few.
+EXACT: Mapping[str, tuple[str, ...]] = {
+    "lenet5": ("fc*",), "pointnet": ("fc*",), "cnn": ("conv3", "fc*"),
+}  # fmt: skip
 GROUPED = ("sample", "auto")  # kinds of which neighbouring samples may share a direction
 
 
@@ -24,12 +32,20 @@ def by_feedback(config: TrainConfig) -> bool:
     return config.directions in MATRICES
 
 
-def library_directions(config: TrainConfig) -> str | Feedback:
-    """What `ElasticZO` takes."""
+def library_directions(config: TrainConfig, head: Iterable[str]) -> str | Feedback:
+    """What `ElasticZO` takes.
+
+    Args:
+        head: names of its parameters.
+    """
     kind = config.directions or "weight"
     if kind not in MATRICES:
         return kind
-    return Feedback(matrix=MATRICES[kind], **OF_MODEL.get(config.model, {}))
+    settings = dict(OF_MODEL.get(config.model, {}))
+    if "exact" in kind:
+        names = {name.rpartition(".")[0] for name in head}
+        settings["exact"] = tuple(p for p in EXACT[config.model] if fnmatch.filter(names, p))
+    return Feedback(matrix=MATRICES[kind], **settings)
 
 
 def check_head_rule(config: TrainConfig, optimizer: str) -> None:
@@ -71,6 +87,11 @@ def check_directions(config: TrainConfig, head: Sequence[str]) -> None:
         )
     if not by_feedback(config):
         return
+    if "exact" in str(kind) and config.model not in EXACT:
+        raise ValueError(
+            f"directions {kind!r} belongs to model {', '.join(EXACT)}, got {config.model!r}: say "
+            "which layers are exact with elasticzo.feedback.Feedback(exact=...)"
+        )
     wanted = {"queries": (1,), "noise": ("rademacher",), "tail_source": ("mean", "clean")}
     for name, values in wanted.items():
         if getattr(config, name) not in values:

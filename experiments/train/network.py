@@ -70,7 +70,8 @@ def build_network(config: TrainConfig) -> ElasticZO:
     """The wrapped network of a resolved configuration."""
     assert config.eps is not None and config.noise is not None
     net, tail, shared = _seeded(config)
-    shared |= {"directions": library_directions(config), "group": config.group}
+    head = resolve_cut(net, tail).head_parameters
+    shared |= {"directions": library_directions(config, head), "group": config.group}
     return ElasticZO(net, tail, eps=config.eps, noise=config.noise, **shared)
 
 

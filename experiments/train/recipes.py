@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from experiments.train.config import Method
+from experiments.train.directions import MATRICES
 
 METHODS: tuple[Method, ...] = (
     "full-zo",
@@ -155,7 +156,7 @@ DIRECTIONS: Mapping[str, Mapping[str, Any]] = {
     "weight": {},
     "rank1": {"noise": "rademacher"},
     **dict.fromkeys(("sample", "node", "auto"), BY_SAMPLE),
-    **dict.fromkeys(("feedback", "feedback-zero", "feedback-random"), BY_FEEDBACK),
+    **dict.fromkeys(MATRICES, BY_FEEDBACK),
 }
 # With no tail that follows the head, more: 92.2 and 91.5 % (two seeds) against 91.0 and 89.4.
 FULL_ZO_LR = dict.fromkeys(("sample", "node", "auto"), 4e-3)

@@ -54,7 +54,7 @@ def study(
         for cell in plan.cells
         if ran(cell)
     }
-    return summary(plan, results, {})
+    return summary(plan, results, {}, {})
 
 
 def write_study(folder: Path, **how: Any) -> None:

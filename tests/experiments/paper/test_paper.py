@@ -91,6 +91,8 @@ def test_heads_that_learn_from_every_sample() -> None:
     ways = {
         *("full-bp", "local", "frozen-cls2", "frozen-cls1"),
         *("cls2 by feedback", "cls2 by feedback-zero", "cls2 by feedback-random", "cls2 by auto"),
+        *("cls2 by feedback-exact", "cls2 by feedback-exact-zero"),
+        *("cls1 by feedback-exact", "cls1 by feedback-exact-zero"),
         *("cls1 by feedback", "cls1 by auto", "full-zo by feedback", "full-zo by auto"),
     }
     for section, runs in (("tuning", 3), ("grid", 3)):
