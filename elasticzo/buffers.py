@@ -46,9 +46,10 @@ class BufferSnapshot:
         return len(self.saved)
 
     def restore(self) -> None:
-        for module, name, buffer, value, _ in self.saved:
+        for i, (module, name, buffer, value, _) in enumerate(self.saved):
             module._buffers[name] = buffer
             buffer.copy_(value)
+            self.saved[i] = (module, name, buffer, value, buffer._version)
 
     def restore_where(self, condition: Tensor) -> None:
         """Put the values back where the device scalar `condition` is true, without waiting."""
@@ -64,12 +65,20 @@ class BufferSnapshot:
         found.saved = [saved for saved in self.saved if (id(saved[0]), saved[1]) in wanted]
         return found
 
+    def add(self, other: BufferSnapshot) -> None:
+        """What the other has of buffers that this one has not."""
+        known = {(id(saved[0]), saved[1]) for saved in self.saved}
+        self.saved += [saved for saved in other.saved if (id(saved[0]), saved[1]) not in known]
+
     def moved(self) -> list[BufferSlot]:
-        """The buffers that changed since."""
+        """The buffers that changed since; a write through `.data` has no version. Reads the
+        device."""
         return [
             (module, name)
-            for module, name, buffer, _, version in self.saved
-            if module._buffers[name] is not buffer or buffer._version != version
+            for module, name, buffer, value, version in self.saved
+            if module._buffers[name] is not buffer
+            or buffer._version != version
+            or (has_values(buffer) and not torch.equal(buffer, value))
         ]
 
     def values(self) -> list[Tensor]:

@@ -119,6 +119,13 @@ class Session:
         self.samples += samples or 0
         self.kept = (*self.kept, *kept)
 
+    def keep_before(self, buffers: BufferSnapshot) -> None:
+        """These are the buffers as the last step left them, of those that are not known yet."""
+        if self.before is None:
+            self.before = buffers
+        else:
+            self.before.add(buffers)
+
     def note_losses(self, finite: Tensor) -> None:
         """A backward looked at losses: `[]` bool."""
         self.found.copy_(torch.maximum(self.found, (~finite).to(torch.float32)))

@@ -132,6 +132,31 @@ def refuse_wrapped(kind: str, model: nn.Module | None = None) -> None:
         raise ValueError("compile the wrapper, not the model: torch.compile(ElasticZO(model, ...))")
 
 
+def refuse_scripted(model: nn.Module) -> None:
+    """Raise for a compiled module with weights or statistics: they have no place in Python."""
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            continue
+        held = [n for n, _ in (*module.named_parameters(), *module.named_buffers())]
+        if held:
+            raise TypeError(
+                f"module {name!r} is scripted or traced and holds {held[0]!r}, which a forward "
+                "cannot perturb: wrap the module in Python that it was made of"
+            )
+
+
+def refuse_overlap(name: str, p: Tensor) -> None:
+    """Raise for a weight whose elements share memory: each update of one would move the others."""
+    reach = 0  # the last element of the dimensions before, smaller strides first
+    for stride, size in sorted(zip(p.stride(), p.shape, strict=True)):
+        if size > 1 and p.numel() and stride <= reach:
+            raise ValueError(
+                f"elements of head parameter {name!r} share memory (strides {list(p.stride())} of "
+                f"shape {list(p.shape)}): make it a tensor of its own, nn.Parameter(p.clone())"
+            )
+        reach += stride * (size - 1)
+
+
 def refuse_sharded(name: str, p: Tensor) -> None:
     """Raise for a parameter that was sharded (FSDP) after wrapping."""
     if type(p).__name__ in SHARDED:

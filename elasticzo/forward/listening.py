@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from elasticzo.buffers import generator_state
 from elasticzo.feedback import Feedback
 from elasticzo.forward.passes import Layer, Pass
 from elasticzo.head import HeadParameter
@@ -94,6 +95,40 @@ class Heard:
                 continue
             some = [t[here] if isinstance(t, Tensor) else t for t in flat]
             yield here, *pytree.tree_unflatten(some, spec)
+
+
+def heard_of(
+    current: Pass, args: Any, kwargs: Any, output: Any, generator: Tensor, modes: tuple[bool, ...]
+) -> tuple[Any, Heard]:
+    """The outputs of a clean pass, and what it leaves for the noisy one.
+
+    Args:
+        generator: the state of torch's before it.
+    Raises: ValueError for outputs without the batch.
+    """
+    clean, device = current.listener, current.key.device
+    if current.batch is None or any(t.shape[1:2] != (current.batch,) for t in floats(output)):
+        shapes = [list(t.shape[1:]) for t in floats(output)]
+        raise ValueError(
+            f"learnt feedback needs outputs whose dimension 0 is the batch ({current.batch}), "
+            f"got shapes {shapes}"
+        )
+    output, outputs = clean.outputs(output)
+    drew = not torch.equal(generator, generator_state(device))
+    on = torch.is_autocast_enabled(device.type)
+    return output, Heard(
+        args=args,
+        kwargs=kwargs,
+        versions=versions((args, kwargs, outputs)),
+        micro_batch=current.micro_batch,
+        first=current.first,
+        samples=current.batch,
+        generator=generator if drew else None,
+        autocast=torch.get_autocast_dtype(device.type) if on else None,
+        modes=modes,
+        outputs=outputs,
+        **clean.left(),
+    )
 
 
 def versions(tree: Any) -> list[int]:
@@ -200,7 +235,7 @@ class Clean(Listener):
             with opened(current, layer) as leaves:
                 self.outer += leaves
                 return run(*args, **kwargs)
-        if self.settings.is_exact(layer.name):
+        if self.settings.is_exact(layer.name) and layer.in_front:
             args, kwargs = self._into(layer.name, args, kwargs)
         else:
             args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))

@@ -126,7 +126,7 @@ class Noisy(Listener):
     ) -> Any:
         call, around = self.next_call(layer.name), layer.name in self.around
         with own_work():
-            if not around and not self._goes_on(layer, args):
+            if not around and layer.in_front and not self._goes_on(layer, args):
                 args, kwargs = self._end_inputs(layer, call, args, kwargs)
         # One of torch's own reads its arguments, and nothing else; a user's may read anything.
         known = type(layer.module).__module__.startswith("torch.nn.modules.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from elasticzo.buffers import BufferSlot
+from elasticzo.forward.parts import Parts
 from elasticzo.forward.staging import Staging
+from elasticzo.forward.state import Attributes
 from elasticzo.forward.watch import Watch
 from elasticzo.head import WEIGHT, HeadParameter, Kind
 from elasticzo.samples import Samples
@@ -31,6 +33,8 @@ class Layer:
         fusable: whether it has a fused kernel.
         kind: by whose noise its weights are learnt.
         partners: layers that read one of its weights, too: they have its kind.
+        in_front: whether dimension 0 of what it reads is the batch.
+        stands: its module's own forward, the instance's and the class's.
     """
 
     name: str
@@ -44,6 +48,21 @@ class Layer:
     fusable: bool = False
     kind: Kind = WEIGHT
     partners: list[Layer] = field(default_factory=list)
+    in_front: bool = True
+    stands: Any = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self.stands = (self.module.__dict__.get("forward"), type(self.module).forward)
+
+    def changed(self, own: Any) -> bool:
+        """Whether the module has another forward than it had; `own`: the instance's, if any."""
+        kind = type(self.module).forward
+        if self.stands is None:  # a copy
+            self.stands = (own, kind)
+        return self.stands[0] is not own or self.stands[1] is not kind
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "stands": None}  # not all that is callable can be pickled
 
 
 @dataclass
@@ -97,6 +116,7 @@ class Pass:
     staging: Staging
     micro_batch: int
     moving: Sequence[BufferSlot]  # buffers that a forward moves
+    attributes: Callable[[], Attributes] | None = None  # those that it changes, as they are now
     wanted: torch.dtype | None = None  # compute dtype the user named
     precision: str | None = None  # of float32 products, where the user named one
     watch: Watch | None = None  # of the first forward
@@ -105,9 +125,11 @@ class Pass:
     # Stacked inputs by id, as (stacked, its version, one half): they carry the batch, and while
     # nobody wrote to them their halves agree.
     batched: dict[int, tuple[Tensor, int, Tensor]] = field(default_factory=dict)
+    shares: bool = True  # whether layers may read that one half in place of all
     unbatched: set[int] = field(default_factory=set)
     calls: dict[tuple[int, int | None], int] = field(default_factory=dict)
     generator_state: Tensor | None = None
+    started: Tensor | None = None  # the generator's state before anything ran
     follow: Follow | None = None
     # Of learning by sample: a sample's direction, whose noise a weight has, how many samples this
     # forward has, the number of the first, and what layers keep for the step.
@@ -118,6 +140,23 @@ class Pass:
     offset: int = 0  # of the first sample in its forward, where a part of it runs again
     kept: dict[tuple[str, int], Kept] = field(default_factory=dict)
     listener: Any = None  # of learnt feedback: stands before each layer
+    # Names of layers that ran; of those that ever did, where nothing watches; the weights that each
+    # of them may read then; and what they read, where it is noted.
+    ran: set[str] = field(default_factory=set)
+    known: Collection[str] | None = None
+    locks: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    parts: Parts | None = None
+
+    def note_read(self, name: str, tree: Any) -> None:
+        """A layer is about to read these tensors."""
+        if self.parts is not None and self.half in (None, 0):
+            with self.unwatched():
+                self.parts.note(name, tree, self.count if self.half is None else 1)
+
+    @property
+    def apart(self) -> bool:
+        """Whether this is the first half alone, which a first forward is compared with."""
+        return self.parts is not None and self.watch is None
 
     @property
     def key(self) -> Tensor:
@@ -212,7 +251,7 @@ class Pass:
     def original(self, x: Tensor) -> Tensor | None:
         """One half of a stacked input that is still as the wrapper made it, else None."""
         stacked, version, half = self.batched.get(id(x), (None, 0, None))
-        return half if stacked is x and x._version == version else None
+        return half if self.shares and stacked is x and x._version == version else None
 
     def next_call(self, of: object) -> int:
         """How often this was called before in this half: distinguishes reused modules."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,6 +29,7 @@ from elasticzo.head import (
     resolve_scale,
     slots_of,
 )
+from elasticzo.settings import refuse_overlap, refuse_scripted
 from zo_kernels.paths import PATHS
 from zo_kernels.registry import WEIGHT_DTYPES
 
@@ -48,12 +49,27 @@ class Plan:
     layers: dict[str, Layer]
     sequence_first: list[str]
 
+    def saved(self, head: Head) -> Callable[[], None]:
+        """What puts it back, with the kinds of the head, as it is now."""
+        layers, kinds = dict(self.layers), dict(head.kinds)
+        of = [(layer, layer.swaps, layer.kind, layer.in_front) for layer in layers.values()]
+
+        def restore() -> None:
+            self.layers = layers
+            head.kinds.update(kinds)
+            for layer, swaps, kind, in_front in of:
+                layer.swaps, layer.kind, layer.in_front = swaps, kind, in_front
+
+        return restore
+
 
 def head_of(model: nn.Module, cut: Cut, scale: Mapping[str, float] | None) -> Head:
     """The head of a float model.
 
-    Raises: TypeError for a parameter of an unsupported dtype; what `resolve_scale` raises.
+    Raises: TypeError for a parameter of an unsupported dtype, or of a scripted module; ValueError
+        for one whose elements share memory; what `resolve_scale` raises.
     """
+    refuse_scripted(model)
     names = set(cut.head_parameters)
     scales = resolve_scale(cut.head_parameters, scale)
     padding = {id(m.weight): m.padding_idx for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -68,6 +84,7 @@ def head_of(model: nn.Module, cut: Cut, scale: Mapping[str, float] | None) -> He
                 f"head parameter {name!r} must be float32, float64 or bfloat16, got {p.dtype} "
                 "(for float16 activations use autocast over float32 parameters)"
             )
+        refuse_overlap(name, p)
         still, flat = padding.get(id(p)), id(p) in flats
         found.append(HeadParameter(name, index, scales[name], still, flat))
     return Head(found, slots_of(model))
@@ -259,13 +276,50 @@ def _check_supported(name: str, module: nn.Module) -> None:
         )
 
 
-def promote(plan: Plan, head: Head, model: nn.Module, name: str, parameters: Sequence[str]) -> None:
-    """Let the nearest module around `name` that runs swap these parameters instead."""
+def swap_around(plan: Plan, head: Head, model: nn.Module, parameter: str, later: bool) -> None:
+    """A weight was not read perturbed, or read as it is: the module around is to swap it.
+
+    Args:
+        later: whether other forwards have read all weights.
+    Raises: ValueError where nothing is around.
+    """
+    owner = owner_of(plan, parameter)
+    if not owner and later:
+        raise ValueError(
+            f"head parameter {parameter!r} was not perturbed in this forward, which takes another "
+            "path than those before; a step would move it at random: let every training forward "
+            "use the whole head"
+        )
+    if not owner:
+        raise ValueError(
+            f"head parameter {parameter!r} was not perturbed in the forward (it is not used, or "
+            "not through its module): freeze it with requires_grad_(False) before wrapping"
+        )
+    _promote(plan, head, model, owner, [parameter], again=True)
+
+
+def run_around(plan: Plan, head: Head, model: nn.Module, layer: Layer) -> None:
+    """The halves of a layer cannot be told apart, or joined: the module around is to run by half.
+
+    Raises: ValueError where nothing is around.
+    """
+    if not layer.name:
+        raise ValueError("the halves of this model cannot run stacked: use pairing='sequential'")
+    _promote(plan, head, model, layer.name, [one.name for *_, one in layer.swaps], again=False)
+
+
+def _promote(
+    plan: Plan, head: Head, model: nn.Module, name: str, parameters: Sequence[str], again: bool
+) -> None:
+    """Let the nearest module around `name` that runs swap these parameters instead; `again`: one
+    that runs by half already, too."""
     modules = dict(model.named_modules())
     outer = name
     while outer:
         outer = outer.rpartition(".")[0]
-        if not isinstance(modules[outer], CONTAINERS):
+        there = plan.layers.get(outer)
+        by_half = there is not None and there.by_half
+        if not isinstance(modules[outer], CONTAINERS) and (again or not by_half):
             break
     by_id = {id(p): head.parameters[n] for n, p in head.named() if n in parameters}
     for n in parameters:
@@ -276,7 +330,7 @@ def promote(plan: Plan, head: Head, model: nn.Module, name: str, parameters: Seq
         layer = plan.layers[outer] = Layer(outer, modules[outer], run_whole, by_half=True)
     taken = {(id(module), local) for module, local, _ in layer.swaps}
     swaps = _inside(modules[outer], by_id)
-    layer.swaps += [s for s in swaps if (id(s[0]), s[1]) not in taken]
+    layer.swaps = layer.swaps + [s for s in swaps if (id(s[0]), s[1]) not in taken]
 
 
 def owner_of(plan: Plan, parameter: str) -> str:

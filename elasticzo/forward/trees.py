@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
+from elasticzo.buffers import has_values
+
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
@@ -96,13 +98,13 @@ def stack_inputs(tree: Any, n: int) -> tuple[Any, set[int], dict[int, tuple[Tens
 
 def samples_of(tree: Any) -> int | None:
     """The length of dimension 0 of the first input that is not declared `unbatched`."""
-    first = _first_tensor([x for x in pytree.tree_leaves(tree) if not isinstance(x, Unbatched)])
+    first = first_tensor([x for x in pytree.tree_leaves(tree) if not isinstance(x, Unbatched)])
     return None if first is None else first.shape[0]
 
 
 def split_half(tree: Any, n: int, half: int, shared: set[int], name: str, dim: int = 0) -> Any:
     """The part of one half: tensors as long as the stacked batch are cut, others are shared."""
-    first = _first_tensor(tree)
+    first = first_tensor(tree)
     if first is None:
         return tree
     total = first.shape[dim]
@@ -121,14 +123,17 @@ def split_half(tree: Any, n: int, half: int, shared: set[int], name: str, dim: i
     return pytree.tree_map(part, tree, is_leaf=lambda x: isinstance(x, PackedSequence))
 
 
-def _first_tensor(tree: Any) -> Tensor | None:
+def same_values(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape hold the same, NaN included; without values, they do."""
+    same = ((a == b) | ((a != a) & (b != b))).all()
+    return not has_values(same) or bool(same)
+
+
+def first_tensor(tree: Any) -> Tensor | None:
+    """The first tensor of a tree that has dimensions."""
     return next(
         (x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor) and x.dim() > 0), None
     )
-
-
-def has_tensor(tree: Any) -> bool:
-    return _first_tensor(tree) is not None
 
 
 def join(trees: Sequence[Any], merge: Callable[[Sequence[Any]], Any]) -> Any:
@@ -154,16 +159,25 @@ def stack_leaves(parts: Sequence[Any]) -> Any:
 
 
 class InputsStay:
-    """Runs a model on the same inputs again and again, and refuses one that writes them."""
+    """Runs a model on the same inputs again and again, and refuses one that writes them.
 
-    def __init__(self, inputs: tuple[Any, Any]) -> None:
+    Args:
+        closely: look at values, too: a write through `.data` has no version.
+        own: they are copies, to be written as the model likes.
+    """
+
+    def __init__(self, inputs: tuple[Any, Any], closely: bool, own: bool) -> None:
         self.args, self.kwargs = inputs
-        tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
+        tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and not own]
         self.versions = [(x, x._version) for x in tensors if not x.is_inference()]
+        self.copies = [(x, x.clone()) for x in tensors if closely]
 
     def run(self, model: Callable[..., Any], half: int) -> Any:
         output = model(*self.args, **self.kwargs)
-        if any(x._version != version for x, version in self.versions):
+        wrote = any(x._version != version for x, version in self.versions)
+        if wrote or not all(same_values(x, copy) for x, copy in self.copies):
+            for x, copy in self.copies:
+                x.data.copy_(copy)
             raise ValueError(
                 "the model writes its input in place: the next half would start from it; clone the "
                 "input inside the model"

@@ -12,8 +12,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from elasticzo.buffers import has_values
-from elasticzo.forward.trees import has_tensor
 from elasticzo.head import Head, HeadParameter
+
+# Methods that ask what a tensor is, and attributes that are views of it. All else reads values:
+# `item` and `x[0] = w`, too, which give no tensor.
+ASKS = (
+    *("size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset"),
+    *("element_size", "get_device", "data_ptr", "has_names", "type", "storage", "untyped_storage"),
+    *("__len__", "__hash__", "__repr__", "result_type", "can_cast", "broadcast_shapes"),
+)
+VIEWS = ("data", "T", "mT", "H", "mH", "real", "imag")
 
 
 class Watch:
@@ -129,9 +137,17 @@ class _Reads(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if has_tensor(result):  # `.shape`, `.dtype` read no value
+        if not asks(func):
             self.watch.read(pytree.tree_leaves((args, kwargs)))
         return result
+
+
+def asks(func: Any) -> bool:
+    """Whether a function of torch asks what a tensor is, and reads nothing that it holds."""
+    name = getattr(func, "__name__", "")
+    if name in ("__get__", "__set__"):
+        return getattr(func.__self__, "__name__", "") not in VIEWS
+    return name in ASKS or (name.startswith("is_") and name != "is_nonzero")
 
 
 def _tf32(t: Tensor) -> Tensor:

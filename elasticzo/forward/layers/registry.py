@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from elasticzo.forward.halves import NotByHalf
 from elasticzo.forward.passes import Layer, Pass
 from elasticzo.head import Kind
 
@@ -41,13 +45,13 @@ class Handler:
         x = args[0] if args else next(iter(kwargs.values()))  # torch calls it input, or x
         n = current.count
         if n > 1 and (x.dim() == 0 or x.shape[0] % n):
-            raise ValueError(
-                f"{layer.name!r} got an input of shape {list(x.shape)}, which does not divide into "
-                f"{n} halves: dimension 0 is not the batch there; use pairing='sequential'"
-            )
+            raise NotByHalf(layer)
+        if current.parts is not None:
+            current.note_read(layer.name, x)
         return self.run(current, layer, x)
 
 
+TORCH = Path(nn.__file__).parent  # where the forwards of torch's own modules are written
 _HANDLERS: dict[type[nn.Module], Handler] = {}
 
 
@@ -66,8 +70,24 @@ def serves(
     return register
 
 
+def runs_torch_s(module: nn.Module) -> bool:
+    """Whether its forward is the one that torch wrote: neither a subclass's own, nor patched on the
+    instance or the class."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
+    code = getattr(type(module).forward, "__code__", None)
+    return "forward" not in module.__dict__ and code is not None and _of_torch(code.co_filename)
+
+
+@cache
+def _of_torch(file: str) -> bool:
+    return Path(file).is_relative_to(TORCH)
+
+
 def handler_of(module: nn.Module) -> Handler | None:
-    """What serves a module, None where nothing does."""
+    """What serves a module, None where nothing does, or where its forward is someone else's."""
+    if not runs_torch_s(module):
+        return None
     found = _HANDLERS.get(type(module))
     if found is not None:
         return found

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from elasticzo.forward.layers.registry import runs_torch_s
 from elasticzo.forward.passes import Follow, Layer, Pass
 
 
@@ -29,7 +30,7 @@ def run_sequence(
 def is_sequential(module: nn.Module) -> bool:
     """Whether its forward is known to run its modules one after the other."""
     kind = type(module)
-    known = kind.forward is nn.Sequential.forward and "forward" not in module.__dict__
+    known = runs_torch_s(module) and kind.forward is nn.Sequential.forward
     return known and getattr(kind, "__iter__", None) is nn.Sequential.__iter__
 
 
@@ -46,7 +47,7 @@ def _what_follows(modules: Sequence[nn.Module], i: int) -> Follow | None:
 def _observed(m: nn.Module) -> bool:
     hooks = (m._forward_hooks, m._forward_pre_hooks)
     everywhere = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
-    if type(m) is nn.ReLU and "forward" in m.__dict__:
+    if type(m) in (nn.ReLU, nn.MaxPool2d) and not runs_torch_s(m):
         return True  # someone's own forward
     return any(hooks) or any(everywhere)
 

@@ -14,7 +14,7 @@ from elasticzo.buffers import generator_state
 from elasticzo.forward.halves import NotByHalf, check_generator, each_half
 from elasticzo.forward.passes import Layer, Pass
 from elasticzo.forward.precision import compute_dtype
-from elasticzo.forward.trees import has_tensor, join, same_plain, split_half
+from elasticzo.forward.trees import first_tensor, join, same_plain, split_half
 
 # Modules that read parameters of their children directly: the whole subtree is swapped.
 CLOSED = (nn.MultiheadAttention, nn.RNNBase)
@@ -53,9 +53,11 @@ def run_whole(
 ) -> Any:
     """A module that no handler knows, a half at a time."""
     if current.half is not None:
+        current.note_read(layer.name, (args, kwargs))
         with _swapped(current, layer):
             return forward(*args, **kwargs)
-    if not has_tensor((args, kwargs)):
+    first = first_tensor((args, kwargs))
+    if first is None or first.shape[0] % current.halves:
         raise NotByHalf(layer)
     inside = {id(m) for m in layer.module.modules()}
     slots = [(m, name) for m, name in current.moving if id(m) in inside]
@@ -71,6 +73,7 @@ def run_whole(
             part = split_half(states, current.halves, half, shared, layer.name, dim=1)
             a, k = a[:1], {"hx": part}
         a, k = _flat_masks(layer, a, k)
+        current.note_read(layer.name, (a, k))
         with _swapped(current, layer):
             return forward(*a, **k)
 
