@@ -54,6 +54,10 @@ STATE = (
     "the model keeps state in {}, which its next forward reads; its halves run one after the other "
     "from the same state, and leave that of the last"
 )
+HOST = (
+    "learnt feedback runs the model twice a step, but it draws from the generators of Python or "
+    "numpy: draw from torch's"
+)
 OTHER: Any = object()  # in place of outputs: the forward took another path
 
 
@@ -158,6 +162,7 @@ class Engine(Evaluator):
             session.before = start
         generator = generator_state(session.device) if self.feedback else None
         current = self.listened(self.new_pass(points), args, kwargs)
+        attributes = None if current.attributes is None else current.attributes()
         try:
             output = self._known_path(current, args, kwargs)
         except NotBySample as problem:
@@ -172,6 +177,8 @@ class Engine(Evaluator):
             raise RuntimeError(f"{DRAWS}; it did not before: repeat this step") from None
         if output is OTHER:
             start.restore()
+            if attributes is not None:
+                attributes.restore()
             if current.started is not None:
                 set_generator_state(session.device, current.started)
             return self._first_run(points, args, kwargs)
@@ -268,6 +275,9 @@ class Engine(Evaluator):
             swap_around(self.plan, self.head, self.module, min(wrong), later=bool(self._seen))
             return None
         moved, places = start.buffers.moved(), start.attributes.moved()
+        self.draws = self.draws or start.attributes.drew()
+        if self.draws and self.feedback:
+            raise ValueError(HOST)
         with start.again():
             doubts(places).settle(output, stacked, self.feedback is not None)
         return Seen(current, output, moved, places)

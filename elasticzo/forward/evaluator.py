@@ -65,6 +65,7 @@ class Evaluator:
         keeps_state: whether a forward reads what the one before it left in attributes.
         shares: whether layers may read one half of the input in place of all.
         compiled: whether torch.compile traces around the layers.
+        draws: whether a forward draws from the generators of Python or numpy.
         watching: whether a first forward runs.
         current: the pass that runs.
     """
@@ -99,7 +100,7 @@ class Evaluator:
         self.residual: dict[str, Tensor] = {}
         self.moving: list[BufferSlot] = []
         self.places: list[Place] = []
-        self.watching = False
+        self.watching = self.draws = False
         self.mixes_generator = self.keeps_state = self.compiled = False
         self.shares = True
         self.current: Pass | None = None
@@ -120,7 +121,9 @@ class Evaluator:
 
     def _attributes(self) -> Attributes:
         """Of what modules keep, what a forward changes; of one that is watched, all."""
-        return Attributes(self.module.modules(), None if self.watching else self.places)
+        if self.watching:
+            return Attributes(self.module.modules())
+        return Attributes((), self.places, self.draws)
 
     def new_pass(self, points: Points, watch: Watch | None = None) -> Pass:
         """The state of a forward that evaluates these points."""
@@ -134,7 +137,7 @@ class Evaluator:
             Staging(session, weights, kinds, self.direction, self.samples, points, backend),
             session.forwards,
             self.moving,
-            self._attributes if self.places or self.watching else None,
+            self._attributes if self.places or self.draws or self.watching else None,
             wanted=self.compute_dtype,
             precision=self.precision,
             watch=watch,

@@ -6,11 +6,13 @@ that a forward changes are put back before the next half, as buffers are.
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,13 +31,21 @@ NOTHING = object()
 
 
 class Attributes:
-    """Values of attributes, those of tensors and containers inside included.
+    """Values of attributes, those of tensors and containers inside included, and the generators of
+    Python and numpy.
 
     Args:
         places: which; of all that these modules have, None.
+        draws: whether the generators are looked at.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], places: Sequence[Place] | None = None) -> None:
+    def __init__(
+        self,
+        modules: Iterable[nn.Module],
+        places: Sequence[Place] | None = None,
+        draws: bool = True,
+    ) -> None:
+        self._draws = _generators() if draws else None
         self._modules = list(modules)
         self._whole = places is None
         places = self._all() if places is None else places
@@ -50,12 +60,19 @@ class Attributes:
         known = {(id(m), name) for m, name, _ in self.saved}
         return [(m, name) for m, name in self._all() if (id(m), name) not in known]
 
+    def drew(self) -> bool:
+        """Whether something drew from the generators of Python or numpy."""
+        return self._draws is not None and not _same_draws(self._draws, _generators())
+
     def moved(self) -> list[Place]:
         """Attributes that changed since, or came."""
         changed = [(m, n) for m, n, old in self.saved if old.changed(m.__dict__.get(n, NOTHING))]
         return changed + self._came()
 
     def restore(self) -> None:
+        if self._draws is not None and self.drew():
+            random.setstate(self._draws[0])
+            np.random.set_state(self._draws[1])
         for module, name in self._came():
             del module.__dict__[name]
         for module, name, old in self.saved:
@@ -64,6 +81,15 @@ class Attributes:
                 module.__dict__[name] = old.value
             else:
                 module.__dict__.pop(name, None)
+
+
+def _generators() -> tuple[Any, Any]:
+    return random.getstate(), np.random.get_state()
+
+
+def _same_draws(a: tuple[Any, Any], b: tuple[Any, Any]) -> bool:
+    same = a[0] == b[0] and a[1][2:] == b[1][2:]
+    return same and bool((a[1][1] == b[1][1]).all())
 
 
 class _Value:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import random
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -91,6 +94,12 @@ def test_learnt_feedback_refuses_state() -> None:
     assert model.module.calls == 0
 
 
+def test_learnt_feedback_refuses_draws_on_the_host() -> None:
+    model = ElasticZO(Depth(lambda: random.random()), tail=1, directions="feedback").train()
+    with pytest.raises(ValueError, match="it draws from the generators of Python or numpy"):
+        model(torch.randn(B, D))
+
+
 def test_a_generator_of_ones_own_is_put_back() -> None:
     class Noisy(Keeps):
         def __init__(self) -> None:
@@ -106,6 +115,39 @@ def test_a_generator_of_ones_own_is_put_back() -> None:
     for _ in range(2):
         y = model(x)
         torch.testing.assert_close(y[0], y[1], rtol=0.0, atol=1e-6)
+
+
+class Depth(nn.Module):
+    """Stochastic depth by a generator that is not torch's."""
+
+    def __init__(self, draw: Callable[[], float]) -> None:
+        super().__init__()
+        self.a, self.b, self.o, self.draw = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, 3), draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, share = self.a(x), self.draw()
+        return self.o(h + share * self.b(h))
+
+
+@pytest.mark.parametrize("pairing", PAIRINGS)
+@pytest.mark.parametrize(
+    "draw", [lambda: random.random(), lambda: float(np.random.random())], ids=["python", "numpy"]
+)
+def test_draws_on_the_host_are_the_same_in_each_half(draw: Any, pairing: str) -> None:
+    torch.manual_seed(0)
+    x, start = torch.randn(B, D).double(), Depth(draw).double()
+    model = ElasticZO(copy.deepcopy(start), tail=0, eps=0.05, seed=3, pairing=pairing).train()
+    for _ in range(3):
+        random.seed(7)
+        np.random.seed(7)
+        y = model(x)
+        after = draw()
+        random.seed(7)
+        np.random.seed(7)
+        share = draw()
+        start.draw = lambda share=share: share
+        torch.testing.assert_close(y, explicit(model, start, x))
+        assert after == draw()  # and drawn once
 
 
 # ---- weights and inputs
