@@ -6,14 +6,13 @@ the state's bytes, so that a damaged file is noticed wherever the damage is.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from elasticzo.digest import digest
 from elasticzo.files import whole
 
 FORMAT = "elasticzo-checkpoint"
@@ -34,7 +33,7 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
     """
     path = Path(path)
     state = _on_cpu(state, "state")
-    content = {"format": FORMAT, "version": VERSION, "digest": _digest(state), "state": state}
+    content = {"format": FORMAT, "version": VERSION, "digest": digest(state), "state": state}
     with whole(path) as temporary, temporary.open("wb") as file:
         torch.save(content, file)
 
@@ -61,7 +60,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path}: expected checkpoint version {VERSION}, got {content.get('version')!r}"
         )
     state = content.get("state")
-    if not isinstance(state, dict) or _digest(state) != content.get("digest"):
+    if not isinstance(state, dict) or digest(state) != content.get("digest"):
         raise ValueError(f"{path} is damaged: its content does not match its digest")
     return state
 
@@ -86,28 +85,3 @@ def _on_cpu(value: Any, name: str) -> Any:
     if isinstance(value, float):
         return float(value)  # numpy's float64 is one, too, and would not be read again
     return value
-
-
-def _digest(state: Any) -> str:
-    digest = hashlib.sha256()
-    for part in _parts(state):
-        digest.update(part)
-    return digest.hexdigest()
-
-
-def _parts(value: Any) -> Iterator[Any]:
-    """The bytes of a state, each value led by its type, shape or length."""
-    if isinstance(value, Tensor):
-        yield f"tensor {value.dtype} {list(value.shape)};".encode()
-        yield value.contiguous().reshape(-1).view(torch.uint8).numpy().data
-    elif isinstance(value, dict):
-        yield f"dict {len(value)};".encode()
-        for key, item in value.items():
-            yield f"{key!r}:".encode()
-            yield from _parts(item)
-    elif isinstance(value, (list, tuple)):
-        yield f"list {len(value)};".encode()
-        for item in value:
-            yield from _parts(item)
-    else:
-        yield f"{value!r};".encode()

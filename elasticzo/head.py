@@ -88,15 +88,16 @@ class Head:
     Attributes:
         parameters: what belongs to each, by name.
         kinds: by whose noise each is learnt, by name; "auto" until the first forward.
+        slots: where each lives.
     """
 
     def __init__(self, parameters: Iterable[HeadParameter], slots: Mapping[str, Slot]) -> None:
         self.parameters = {head.name: head for head in parameters}
         self.kinds = dict.fromkeys(self.parameters, WEIGHT)
-        self._slots = [slots[name] for name in self.parameters]
+        self.slots = [slots[name] for name in self.parameters]
 
     def __iter__(self) -> Iterator[tuple[HeadParameter, Any]]:
-        for head, slot in zip(self.parameters.values(), self._slots, strict=True):
+        for head, slot in zip(self.parameters.values(), self.slots, strict=True):
             yield head, slot.w
 
     @property
@@ -123,7 +124,7 @@ class Head:
 
     def named(self) -> Iterator[tuple[str, Any]]:
         """The weights by name."""
-        return ((slot.name, slot.w) for slot in self._slots)
+        return ((slot.name, slot.w) for slot in self.slots)
 
 
 def slots_of(model: nn.Module) -> dict[str, Slot]:

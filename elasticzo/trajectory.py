@@ -1,14 +1,15 @@
 """The trajectory log: a run of the head as (step, learning rates, losses), to be replayed.
 
-One header line, then one line a step, both JSON. Replaying it from the head's first weights gives
-the head's parameters bit for bit on the same backend: `z` is made again from the seed.
+One header line, then one line a step, both JSON, chained by checksums; the header has a digest of
+the head's first weights. Replaying it from those gives the head's parameters bit for bit on the
+same backend: `z` is made again from the seed.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
@@ -18,11 +19,13 @@ import torch
 from torch import Tensor
 
 from elasticzo.files import whole
+from elasticzo.lines import append, from_lines, to_lines
 from elasticzo.module import ZOModule
 from elasticzo.optim.step import Step
 from elasticzo.settings import check_integer
 
-FORMATS = ("elasticzo-trajectory-1", "elasticzo-int8-trajectory-1")
+FORMATS = ("elasticzo-trajectory-2", "elasticzo-int8-trajectory-2")
+OLD = ("elasticzo-trajectory-1", "elasticzo-int8-trajectory-1")  # nothing of theirs can be checked
 CAPACITY = 1024
 MAX_CAPACITY = 1 << 24
 
@@ -53,7 +56,7 @@ class TrajectoryLog:
         # Of each step: its numbers on the device, their shapes, what the host knows.
         self._steps: list[tuple[Tensor, list[torch.Size], dict[str, Any]]] = []
         header = zo.header() | {"versions": package_versions()}
-        self.header = open_log(self.path, header, resume, model.step_index)
+        self.header, self._check = open_log(self.path, header, resume, model.step_index)
         zo.attach(self)
 
     def record(self, step: Mapping[str, Any]) -> None:
@@ -71,8 +74,9 @@ class TrajectoryLog:
             return
         numbers = iter(torch.cat([row for row, *_ in self._steps]).tolist())
         records = [self._entry(numbers, shapes) | host for _, shapes, host in self._steps]
-        append_records(self.path, records)
-        self._steps = []
+        lines, check = to_lines(records, self._check)
+        append(self.path, lines)
+        self._steps, self._check = [], check
 
     def _entry(self, numbers: Iterator[float], shapes: list[torch.Size]) -> dict[str, Any]:
         """The fields of a step, nested as their tensors were."""
@@ -85,19 +89,21 @@ class TrajectoryLog:
         return found
 
 
-def open_log(path: Path, header: dict[str, Any], resume: bool, step: int) -> dict[str, Any]:
+def open_log(
+    path: Path, header: dict[str, Any], resume: bool, step: int
+) -> tuple[dict[str, Any], str]:
     """Begin a log, or cut the one that is there back to the records before `step`.
 
-    Returns: the header of the file.
+    Returns: the header of the file, and the checksum of its last line.
     """
     if not (resume and path.exists()):
         if path.exists():
             raise FileExistsError(f"{path} exists; give another path, or resume=True")
-        _write(path, [header])
-        return header
+        return header, _write(path, [header])
     found, records = read_trajectory(path, header["format"])
     # Where a log began and with which packages is for the reader; the rest makes the run.
-    settings = [k for k in {**header, **found} if k not in ("start", "fresh", "versions")]
+    reader = {"start", "fresh", "versions", *({"first_weights"} if step > found["start"] else ())}
+    settings = [k for k in {**header, **found} if k not in reader]
     keys = [k for k in settings if header.get(k) != found.get(k)]
     if keys:
         raise ValueError(f"{path} is the log of another run: {', '.join(keys)} differ")
@@ -105,21 +111,14 @@ def open_log(path: Path, header: dict[str, Any], resume: bool, step: int) -> dic
     missing = set(range(found["start"], step)) - {r["step"] for r in kept}
     if missing:
         raise ValueError(f"{path} has no record of step {min(missing)}: it cannot go on")
-    _write(path, [found, *kept])
-    return found
+    return found, _write(path, [found, *kept])
 
 
-def _write(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+def _write(path: Path, records: list[dict[str, Any]]) -> str:
+    lines, check = to_lines(records)
     with whole(path) as temporary:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def append_records(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    """Write lines to the disk."""
-    with path.open("a") as file:
-        file.write("".join(json.dumps(record) + "\n" for record in records))
-        file.flush()
-        os.fsync(file.fileno())
+        temporary.write_bytes(lines)
+    return check
 
 
 def package_versions() -> dict[str, str]:
@@ -146,25 +145,27 @@ def read_trajectory(
     Raises: FileNotFoundError, ValueError for a file that is no log.
     """
     path = Path(path)
-    lines = path.read_text().splitlines(keepends=True)
     known = FORMATS if log_format is None else (log_format,)
-    try:
-        header = json.loads(lines[0])
-        if header["format"] not in known:
-            raise ValueError
-    except (IndexError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a trajectory log ({' or '.join(known)})") from error
-    return header, list(_records(path, lines[1:]))
+    found = _format(path)
+    if found in OLD:
+        raise ValueError(
+            f"{path} is a log of format {found!r}, without checksums and a digest of the first "
+            "weights: nothing of it can be checked; replay it with the version that its header "
+            "names, or move it away to begin another"
+        )
+    if found not in known:
+        raise ValueError(f"{path} is not a trajectory log ({' or '.join(known)})")
+    (header, *records), _ = from_lines(path)
+    return header, records
 
 
-def _records(path: Path, lines: list[str]) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(lines, start=2):
+def _format(path: Path) -> str | None:
+    """What a file says that it is, be it damaged or not."""
+    with path.open("rb") as file:
         try:
-            yield json.loads(line)
-        except ValueError as error:
-            if number == len(lines) + 1:
-                return
-            raise ValueError(f"{path}: line {number} is corrupt") from error
+            return str(json.loads(file.readline())["format"])
+        except (KeyError, TypeError, ValueError):
+            return None
 
 
 @torch.no_grad()
@@ -179,36 +180,56 @@ def replay(
     Args:
         path: the log.
         model: as the run began with: the same cut, scales, estimator and first weights.
-        steps: how many records to replay; None is all.
+        steps: how many records to replay, of those that are there; None is all.
         batches: the model's inputs at each step, a tensor or a tuple of arguments, or a list of
             those where a step had micro-batches; they are needed where weights are learnt by noise
             of "node", whose update depends on what the layers read.
     Returns: the step after the last record.
     Determinism: bit for bit, of floats on the backend that the header names, of integers on any.
-    Raises: ValueError where the header does not fit the model, or records are missing.
+    Raises: ValueError where the log is damaged, does not fit the model or its weights, or records
+        are missing; nothing is moved then.
     """
     header, records = read_trajectory(path)
     try:
         make_again = model.replayer(header)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    expected = int(header["start"])
+    start = int(header["start"])
+    if steps is not None:
+        check_integer(f"steps of {path}", steps, 0, len(records))
+    records = records[:steps]
+    for expected, record in enumerate(records, start):
+        if record["step"] != expected:
+            raise ValueError(f"{path}: step {expected} is missing, found {record['step']}")
     inputs = None if batches is None else iter(batches)
     if inputs is None and "node" in header.get("directions", {}).get("kinds", {}).values():
         raise ValueError(
             f"{path}: weights were learnt by noise of nodes, whose update depends on what the "
             "layers read: give batches, the inputs of each step"
         )
-    for record in records[:steps]:
-        if record["step"] != expected:
-            raise ValueError(f"{path}: step {expected} is missing, found {record['step']}")
-        model.go_to(int(header["seed"]), expected)
-        if inputs is not None:
-            _forward_again(model, next(inputs, None), expected)
-        make_again(record)
-        expected += 1
-    model.go_to(int(header["seed"]), expected)
-    return expected
+    with nullcontext() if inputs is None else _undone(model):
+        for record in records:
+            model.go_to(int(header["seed"]), record["step"])
+            if inputs is not None:
+                _forward_again(model, next(inputs, None), record["step"])
+            make_again(record)
+    model.go_to(int(header["seed"]), start + len(records))
+    return start + len(records)
+
+
+@contextmanager
+def _undone(model: ZOModule) -> Iterator[None]:
+    """Where this raises (batches end, or do not fit), weights, buffers and place are as before."""
+    tensors = {id(t): t for _, t in [*model.head.named(), *model.named_buffers()]}
+    before = [(t, t.clone()) for t in tensors.values()]
+    place, training = (model.seed, model.step_index), model.training
+    try:
+        yield
+    except BaseException:
+        for t, value in before:
+            t.copy_(value)
+        model.train(training).go_to(*place)
+        raise
 
 
 def _forward_again(model: ZOModule, inputs: Any, step: int) -> None:

@@ -28,7 +28,15 @@ from torch import Tensor, nn
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is imported
 
-from elasticzo import ZOSGD, ElasticZO, TrajectoryLog, capture_step, pair_losses, replay
+from elasticzo import (
+    ZOSGD,
+    ElasticZO,
+    TrajectoryLog,
+    capture_step,
+    pair_losses,
+    read_trajectory,
+    replay,
+)
 from elasticzo.int8 import ElasticZOInt8, Int8TrajectoryLog, Int8ZO, replay_int8
 from tests.elasticzo.int8.nets import batch, fixed_weights, one_step, point_net, small_net
 from tests.elasticzo.zoo import ZOO, Case, build, smooth_loss
@@ -73,10 +81,8 @@ def digest(value: Any) -> str:
 
 
 def _log_text(path: Path) -> str:
-    """A log without the versions of the packages."""
-    header, *records = path.read_text().splitlines()
-    settings = {k: v for k, v in json.loads(header).items() if k != "versions"}
-    return json.dumps(settings) + "\n".join(records)
+    """The records of a log."""
+    return "\n".join(map(json.dumps, read_trajectory(path)[1]))
 
 
 def _groups(model: ElasticZO) -> list[dict[str, Any]]:

@@ -11,12 +11,13 @@ from torch import Tensor
 from elasticzo.int8.estimator import Sparse
 from elasticzo.int8.settings import check_perturbation, check_signs
 from elasticzo.module import ZOModule
+from elasticzo.optim.header import check_head, describe_head, first_weights
 from elasticzo.optim.step import Log, Step
 from elasticzo.settings import check_integer, check_long, check_saved
 from zo_kernels import int8_update_
 from zo_kernels.int8 import ROUNDINGS
 
-FORMAT = "elasticzo-int8-trajectory-1"
+FORMAT = "elasticzo-int8-trajectory-2"
 MAX_BITS = 31
 
 
@@ -91,17 +92,16 @@ class Int8ZO(Step):
     # ---- the log
 
     def header(self) -> dict[str, Any]:
-        model = self.model
+        model, slots = self.model, self.model.head.slots
         return {
             "format": FORMAT,
             "seed": model.seed,
             "start": model.step_index,
             "queries": model.queries,
             "rounding": self.rounding,
-            "head": [
-                {"name": head.name, "index": head.index, "scale": head.scale}
-                for head, _ in model.head
-            ],
+            "head": describe_head(model.head),
+            "first_weights": first_weights(model.head),
+            "exponents": {s.name: int(s.module.get_buffer("exponent")) for s in slots},
         }
 
     def fields(self) -> dict[str, type]:
@@ -169,9 +169,13 @@ def replayer(model: ZOModule, header: Mapping[str, Any]) -> Callable[[Mapping[st
     if header["format"] != FORMAT:
         raise ValueError(f"expected a log of format {FORMAT}, got {header['format']!r}")
     zo = Int8ZO(model, b_zo=0, rounding=header["rounding"])
-    head = zo.header()["head"]
-    if header["head"] != head:
-        raise ValueError(f"the log is of a head {header['head']}, this model has {head}")
+    ours = zo.header()
+    check_head(header, ours)
+    for what in ("queries", "exponents"):
+        if header[what] != ours[what]:
+            raise ValueError(
+                f"the log is of another model: {what} was {header[what]}, is {ours[what]}"
+            )
 
     def make_again(record: Mapping[str, Any]) -> None:
         model.set_direction(Sparse(int(record["r_max"]), float(record["p_zero"])))

@@ -20,12 +20,13 @@ from elasticzo.optim.groups import (
     check_state,
     complete_groups,
 )
+from elasticzo.optim.header import describe_head, first_weights
 from elasticzo.optim.step import Log, Step
 from elasticzo.session import REPLACED, Pending
 from elasticzo.settings import check_saved
 from zo_kernels import RULES
 
-FORMAT = "elasticzo-trajectory-1"
+FORMAT = "elasticzo-trajectory-2"
 _COARSE = (
     "the losses are {}: what L+ and L- differ by may be less than one rounding of them; compute "
     "them in float32, as by pair_losses(loss, outputs.float(), ...)"
@@ -196,15 +197,19 @@ class HeadOptimizer(Step, torch.optim.Optimizer):  # type: ignore[misc]  # of `s
         )
 
     def _find_targets(self, decays: tuple[float, ...]) -> list[Target]:
+        return [
+            Target(p, head, group, self.state_of(p))
+            for (head, p), group in zip(self.model.head, self._groups(), strict=True)
+            if head.scale != 0.0 or decays[group] != 0.0
+        ]
+
+    def _groups(self) -> list[int]:
+        """The place of the group of each weight of the head."""
         group_of = {id(p): i for i, g in enumerate(self.param_groups) for p in g["params"]}
-        found = []
         for head, p in self.model.head:
-            group = group_of.get(id(p))
-            if group is None:
+            if id(p) not in group_of:
                 raise RuntimeError(REPLACED.format(head.name))
-            if head.scale != 0.0 or decays[group] != 0.0:
-                found.append(Target(p, head, group, self.state_of(p)))
-        return found
+        return [group_of[id(p)] for _, p in self.model.head]
 
     def _take(self, losses: Any) -> Tensor:
         model = self.model
@@ -270,26 +275,18 @@ class HeadOptimizer(Step, torch.optim.Optimizer):  # type: ignore[misc]  # of `s
         return count
 
     def header(self) -> dict[str, Any]:
-        """All that a replay depends on; the parameters as they are updated."""
+        """All that a replay depends on."""
         model = self.model
         model.flush()
-        head = [
-            {
-                "name": t.head.name,
-                "index": t.head.index,
-                "group": t.group,
-                "scale": t.head.scale,
-                "still_row": t.head.still_row,
-            }
-            for t in self._targets()
-        ]
+        head = zip(describe_head(model.head), self._groups(), strict=True)
         return {
             "format": FORMAT,
             "seed": model.seed,
             "start": model.step_index,
             **self._run(),
             **self._directions(model.head.settled()),
-            "head": head,
+            "head": [one | {"group": group} for one, group in head],
+            "first_weights": first_weights(model.head),
             "backend": model.backend,
             **self._fresh(),
         }

@@ -11,6 +11,7 @@ import torch
 from elasticzo.module import ZOModule
 from elasticzo.optim import OPTIMIZERS
 from elasticzo.optim.head import FORMAT, HeadOptimizer
+from elasticzo.optim.header import check_head
 
 
 def replayer(model: ZOModule, header: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], None]:
@@ -25,9 +26,7 @@ def replayer(model: ZOModule, header: Mapping[str, Any]) -> Callable[[Mapping[st
             "the run learnt by feedback: its updates depend on the batches and on the tail, which "
             "a log does not have; go on from a checkpoint instead"
         )
-    skips = model.session.skips.clone()
     zo = _optimizer(model, header)
-    model.session.skips.copy_(skips)  # a replay is no run of its own
     count = _groups(header)
     device = model.session.device
 
@@ -51,12 +50,30 @@ def _groups(header: Mapping[str, Any]) -> int:
 
 
 def _optimizer(model: ZOModule, header: Mapping[str, Any]) -> HeadOptimizer:
-    """As the run had it: its groups hold the weights that the log updates."""
-    names = dict(model.named_head_parameters())
-    logged = header["head"]
-    missing = [h["name"] for h in logged if h["name"] not in names]
-    if missing:
-        raise ValueError(f"the log updates {missing[0]!r}, which is not in this model's head")
+    """As the run had it, once all that a replay depends on is known to be the same."""
+    _check_run(model, header)
+    skips, kinds = model.session.skips.clone(), dict(model.head.kinds)
+    asked = header.get("directions", {}).get("kinds", {})
+    for name, kind in kinds.items():  # no forward has settled these
+        if kind.name == "auto" and name in asked:
+            model.head.kinds[name] = replace(kind, name=asked[name], automatic=True)
+    try:
+        zo = _built(model, header)
+        ours = zo.header()
+        check_head(header, ours)
+        kept = ("eps", "noise", "queries", "estimator", "directions")
+        different = [k for k in kept if header.get(k) != ours.get(k)]
+        if different:
+            raise ValueError(f"the log is of another model: {', '.join(different)} differ")
+    except Exception:
+        model.head.kinds.update(kinds)
+        raise
+    finally:
+        model.session.skips.copy_(skips)  # a replay is no run of its own
+    return zo
+
+
+def _check_run(model: ZOModule, header: Mapping[str, Any]) -> None:
     if header["backend"] != model.backend:
         raise ValueError(
             f"the log was made on backend {header['backend']!r}, this model runs "
@@ -70,24 +87,15 @@ def _optimizer(model: ZOModule, header: Mapping[str, Any]) -> HeadOptimizer:
             f"the log begins at step {header['start']}, where the state of its rule ({rule}) was "
             "not zero: it cannot be replayed from its header"
         )
-    members = range(_groups(header))
-    groups = [[names[h["name"]] for h in logged if h["group"] == i] for i in members]
+
+
+def _built(model: ZOModule, header: Mapping[str, Any]) -> HeadOptimizer:
+    """Its groups hold those weights of the log that this model has."""
+    names, rule = dict(model.named_head_parameters()), header.get("rule", "sgd")
+    logged = [one for one in header["head"] if one["name"] in names]
+    groups = [
+        {"params": [names[one["name"]] for one in logged if one["group"] == i]}
+        for i in range(_groups(header))
+    ]
     how: dict[str, Any] = {"momentum": 0.5} if rule == "momentum" else {}  # each record has its own
-    zo = OPTIMIZERS[rule](
-        model, lr=0.0, groups=[{"params": g} for g in groups], clip=header["clip"], **how
-    )
-    asked = header.get("directions", {}).get("kinds", {})
-    for name, kind in model.head.kinds.items():  # no forward has settled these
-        if kind.name == "auto" and name in asked:
-            model.head.kinds[name] = replace(kind, name=asked[name], automatic=True)
-    ours = zo.header()
-    kept = ("eps", "noise", "queries", "estimator", "directions")
-    different = [k for k in kept if header.get(k) != ours.get(k)]
-    mine = {h["name"]: (h["index"], h["scale"], h["still_row"]) for h in ours["head"]}
-    for h in logged:
-        at = (h["index"], h["scale"], h["still_row"])
-        if mine.get(h["name"], at) != at:
-            different.append(f"index, scale or padding row of {h['name']!r}")
-    if different:
-        raise ValueError(f"the log is of another model: {', '.join(different)} differ")
-    return zo
+    return OPTIMIZERS[rule](model, lr=0.0, groups=groups, clip=header["clip"], **how)

@@ -12,8 +12,8 @@ import elasticzo
 ROOT = Path(elasticzo.__file__).parent
 # A room imports what stands before it, or beside it between the same arrows.
 ROOMS = (
-    "settings buffers files cut points reductions > losses data models > head > directions"
-    " > samples feedback > estimator > session > module forward > optim"
+    "settings buffers digest files cut points reductions > lines losses data models > head"
+    " > directions > samples feedback > estimator > session > module forward > optim"
     " > trajectory memory checkpoint > wrapper int8 > capture > __init__"
 )
 ORDER = {room: i for i, line in enumerate(ROOMS.split(">")) for room in line.split()}
