@@ -23,7 +23,7 @@ from experiments.commands import plain_console, run_command
 from experiments.files import write_json
 from experiments.train.config import Directions, Method, TrainConfig
 from experiments.train.environment import hardware, made_on
-from experiments.train.folder import METRICS, read_metrics
+from experiments.train.folder import metrics_of
 from experiments.train.memory import measure_step
 from experiments.train.network import build_network
 from experiments.train.plots import draw_accuracies
@@ -134,8 +134,7 @@ def run(demo: DemoConfig, console: Console) -> None:
         result = train(config, "python -m experiments.demo", ConsoleReporter(console))
         row = {k: result[k] for k in ("test_accuracy", "ms_per_step", "steps", "seconds", "config")}
         rows[NAMES[key]] = {**row, **measure(config)}
-        lines = read_metrics(demo.out / folder(*key) / METRICS)
-        curves[NAMES[key]] = [line for line in lines if line["kind"] == "test"]
+        curves[NAMES[key]] = metrics_of(demo.out / folder(*key), "test")
     summary = {
         "command": "python -m experiments.demo",
         **made_on(device),

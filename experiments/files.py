@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -25,11 +26,39 @@ def read_json(path: Path) -> dict[str, Any]:
     """Raises: ValueError that names a damaged file."""
     try:
         value = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
     return value
+
+
+def write_checked(path: Path, value: dict[str, Any]) -> None:
+    """With a digest of it: `read_checked` notices whatever is changed."""
+    value = json.loads(json.dumps(finite(value)))
+    write_json(path, {**value, "digest": _digest(value)})
+
+
+def read_checked(path: Path, way_out: str) -> dict[str, Any]:
+    """What `write_checked` wrote.
+
+    Args:
+        way_out: what a person does about a damaged file.
+    Raises: ValueError that names the file and the way out.
+    """
+    try:
+        value = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; {way_out}") from error
+    digest = value.pop("digest", None)
+    if digest != _digest(value):
+        why = "does not match its digest" if digest else "has no digest, it is old or damaged"
+        raise ValueError(f"{path} {why}: {way_out}")
+    return value
+
+
+def _digest(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def finite(value: Any) -> Any:

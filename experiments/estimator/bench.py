@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ from experiments.estimator.settings import EstimatorConfig, Sizes, sizes_of
 from experiments.studies.study import in_own_folder, run_all, shared
 from experiments.train.config import Method, TrainConfig
 from experiments.train.data import load_data
-from experiments.train.folder import CHECKPOINT, METRICS, read_metrics
+from experiments.train.folder import CHECKPOINT, metrics_of
 from experiments.train.learner import FloatLearner
 from experiments.train.network import library_tail
 
@@ -88,10 +88,10 @@ class Bench:
             found[label] = {"accuracies": values, **stats(values)}
         return found
 
-    def tests(self, run: TrainConfig) -> Iterator[Result]:
+    def tests(self, run: TrainConfig) -> list[Result]:
         """The lines of a finished run's tests."""
         assert run.out is not None
-        return (line for line in read_metrics(run.out / METRICS) if line["kind"] == "test")
+        return metrics_of(run.out, "test")
 
     # ---- networks to look at
 

@@ -19,7 +19,7 @@ import tyro
 from rich.console import Console
 
 from experiments.commands import RESULTS, plain_console, run_command
-from experiments.files import read_json
+from experiments.files import read_checked
 from experiments.paper.cells import Cell, needs
 from experiments.paper.plan import Filter, Plan
 from experiments.paper.pool import Pool, Stopped
@@ -28,7 +28,7 @@ from experiments.paper.progress import Meter
 from experiments.paper.results import command, write
 from experiments.train.config import Data, Directions, Method
 from experiments.train.data import load_data
-from experiments.train.folder import RESULT
+from experiments.train.folder import FINISH_AGAIN, RESULT
 
 WRITE_EVERY = 60.0  # seconds between two writings of the results
 
@@ -106,7 +106,7 @@ class Study:
                     out = self.plan.config(cell, self.results).out
                     assert out is not None
                     if (out / RESULT).exists():
-                        self.results[cell] = read_json(out / RESULT)
+                        self.results[cell] = read_checked(out / RESULT, FINISH_AGAIN)
 
     def _lacking(self, cell: Cell) -> Cell | None:
         """A run that is needed and not there."""

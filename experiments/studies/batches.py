@@ -23,7 +23,7 @@ from experiments.commands import RESULTS, plain_console, run_command
 from experiments.files import write_json
 from experiments.studies.study import in_own_folder, made_by, options, run_all, without_places
 from experiments.train.config import Data, Directions, TrainConfig
-from experiments.train.folder import METRICS, read_metrics
+from experiments.train.folder import metrics_of
 from experiments.train.plots import pyplot, save
 
 COMMAND = "python -m experiments.studies.batches"
@@ -84,8 +84,9 @@ def configurations(study: BatchConfig) -> dict[Key, TrainConfig]:
 def row_of(key: Key, config: TrainConfig, result: Mapping[str, Any]) -> dict[str, Any]:
     """Accuracy, and after how many steps a test first found 90 %; None where none did."""
     assert config.out is not None
-    tests = [line for line in read_metrics(config.out / METRICS) if "test_accuracy" in line]
-    enough = [line["step"] for line in tests if line["test_accuracy"] >= ENOUGH]
+    enough = [
+        line["step"] for line in metrics_of(config.out, "test") if line["test_accuracy"] >= ENOUGH
+    ]
     return {
         "kind": key[0],
         "batch": key[1],

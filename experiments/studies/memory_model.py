@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 from elasticzo import ZOSGD, ElasticZO, pair_losses
 from elasticzo.memory import inference_memory, training_memory
 from experiments.commands import RESULTS, plain_console, run_command, tracked
-from experiments.files import read_json, write_json
+from experiments.files import read_checked, write_checked, write_json
 from experiments.studies.networks import NETWORKS, STATE_TENSORS, TAILS
 from experiments.studies.study import options
 from experiments.train.environment import made_on, use_threads
@@ -150,7 +150,7 @@ def measure(config: GridConfig, device: torch.device, console: Console) -> list[
     """A row for every case, of an earlier start where the same was measured then."""
     kept = config.out / "rows.json"
     made = made_on(device)
-    found = read_json(kept) if kept.exists() else {}
+    found = read_checked(kept, "delete it, and all is measured anew") if kept.exists() else {}
     same = all(found.get(name) == value for name, value in made.items())
     before = found["rows"] if same else []
     done = {Case(**{f.name: row[f.name] for f in fields(Case)}): row for row in before}
@@ -159,7 +159,7 @@ def measure(config: GridConfig, device: torch.device, console: Console) -> list[
         if case not in done:
             done[case] = row_of(case, device, rehearse=case.network not in ready)
             ready |= {case.network} if case.method else set()
-            write_json(kept, {**made, "rows": list(done.values())})
+            write_checked(kept, {**made, "rows": list(done.values())})
     return [done[case] for case in cases(config)]
 
 

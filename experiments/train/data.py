@@ -17,6 +17,7 @@ from elasticzo.data import (
     rotate_images,
     shuffled,
 )
+from elasticzo.digest import digest
 from experiments.train.config import TrainConfig
 
 Samples = ImageData | CloudData
@@ -36,6 +37,14 @@ def _read(name: str, folder: Path | None, download: bool, rotate: float | None) 
     return replace(data, train_x=train_x, test_x=test_x)
 
 
+PARTS = ("train_x", "train_y", "test_x", "test_y")
+
+
+def digest_of(data: Samples) -> str:
+    """Of all samples and labels that a run learns from and is tested on."""
+    return digest([getattr(data, name) for name in PARTS])
+
+
 def load_data(config: TrainConfig) -> Samples:
     """The data set of a run on its device (images uint8), split as configured."""
     data = _read(config.data, config.data_dir, config.download, config.rotate)
@@ -48,8 +57,7 @@ def load_data(config: TrainConfig) -> Samples:
             )
         data = _first(data, config.train_images)
     check_sizes(config, data)
-    parts = ("train_x", "train_y", "test_x", "test_y")
-    return replace(data, **{k: getattr(data, k).to(config.device) for k in parts})
+    return replace(data, **{k: getattr(data, k).to(config.device) for k in PARTS})
 
 
 def _first(data: Samples, count: int) -> Samples:

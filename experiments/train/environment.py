@@ -35,6 +35,15 @@ def hardware(device: torch.device) -> str:
     return f"{_processor()}, {torch.get_num_threads()} threads"
 
 
+def machine(device: torch.device) -> dict[str, str]:
+    """What the last bits of floats depend on besides versions: the device, and on a CPU the
+    instructions that torch's kernels use (ATEN_CPU_CAPABILITY)."""
+    found = {"hardware": hardware(device)}
+    if device.type == "cpu":
+        found["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
+    return found
+
+
 def made_on(device: torch.device) -> dict[str, Any]:
     """What a result was made on and by."""
     return {"hardware": hardware(device), "versions": versions(), "commit": commit()}

@@ -12,9 +12,9 @@ from elasticzo import TrajectoryLog
 from elasticzo.int8 import Int8TrajectoryLog
 from experiments.commands import Interrupted, StopSignals
 from experiments.train.config import PAPER, TrainConfig
-from experiments.train.data import load_data
+from experiments.train.data import digest_of, load_data
 from experiments.train.directions import summary
-from experiments.train.environment import commit, hardware, peak_memory, versions
+from experiments.train.environment import commit, hardware, machine, peak_memory, versions
 from experiments.train.folder import CURVES, TENSORBOARD, TRAJECTORY, RunFolder
 from experiments.train.learner import learner_for
 from experiments.train.plots import draw_curves
@@ -65,7 +65,9 @@ class Run:
         if self.device.type == "cuda":  # the same bits on every start
             torch.backends.cudnn.deterministic = True
             torch.backends.cudnn.benchmark = False
-        self.learner = learner_for(self.config, load_data(self.config))
+        data = load_data(self.config)
+        self.folder.take_data(digest_of(data))
+        self.learner = learner_for(self.config, data)
         self.learner.probe()
         if self.folder.state is not None:
             self._go_on(self.folder.state)
@@ -85,11 +87,12 @@ class Run:
     def _go_on(self, state: dict[str, Any]) -> None:
         self.learner.load(state)
         self.seconds = float(state["seconds"])
-        now = versions()
-        differ = [k for k in now if state["versions"].get(k) != now[k]]
-        if differ:
+        before = {**state["versions"], **state.get("machine", {})}
+        now = {**versions(), **(machine(self.device) if "machine" in state else {})}
+        changes = [f"{k} from {before.get(k)} to {v}" for k, v in now.items() if before.get(k) != v]
+        if changes:
             self.reporter.note(
-                f"warning: {', '.join(differ)} changed since this run began; last bits may differ"
+                f"warning: changed since the checkpoint: {'; '.join(changes)}; last bits may differ"
             )
         self.reporter.note(f"going on at step {self.learner.step_index} of {self.learner.steps}")
 
@@ -212,7 +215,8 @@ class Run:
         if self._board is not None:
             self._board.flush()
         state = self.learner.state()
-        self.folder.save({**state, "seconds": self.seconds, "versions": versions()})
+        on = {"versions": versions(), "machine": machine(self.device)}
+        self.folder.save({**state, "seconds": self.seconds, **on})
 
     # ---- the end
 
@@ -234,8 +238,7 @@ class Run:
         }
         if self.config.plot:
             draw_curves(self.folder.path / CURVES, self.title, lines, tests)
-        self.folder.finish(result)
-        return result
+        return self.folder.finish(result)
 
 
 def train(

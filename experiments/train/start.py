@@ -10,7 +10,6 @@ import torch
 
 from elasticzo.checkpoint import load_checkpoint
 from elasticzo.int8.network import Int8Network
-from experiments.files import read_json
 from experiments.train.config import TrainConfig
 from experiments.train.folder import CHECKPOINT, CONFIG, RESULT
 from experiments.train.network import build_model, last_layer
@@ -30,7 +29,8 @@ def first_weights(config: TrainConfig) -> dict[str, Any]:
     """
     folder = config.start_from
     assert folder is not None
-    source = _identity(folder)
+    saved = _saved(folder)
+    source = saved["identity"]
     _check(folder, "model", source, (config.model,))
     wanted = ("int8", "fp32") if config.precision == "int8" else (config.precision,)
     _check(folder, "precision", source, wanted)
@@ -38,22 +38,21 @@ def first_weights(config: TrainConfig) -> dict[str, Any]:
         _check(folder, "data", source, (config.data,))  # as many classes
     if source["precision"] == config.precision:
         _check(folder, "batch_norm", source, (config.batch_norm,))
-    state: dict[str, Any] = load_checkpoint(folder / CHECKPOINT)["model"]
+    state: dict[str, Any] = saved["model"]
     if source["precision"] == config.precision:
         return state
     return _converted(config, source.get("batch_norm"), state)
 
 
-def _identity(folder: Path) -> dict[str, Any]:
-    """What the run in a folder was."""
+def _saved(folder: Path) -> dict[str, Any]:
+    """With what the run in a folder ended, and what it was."""
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(
             f"start_from must be the folder of a finished run: {folder / CONFIG} is missing"
         )
     if not (folder / RESULT).is_file():
         raise ValueError(f"start_from must be a finished run, got {folder}, which has no {RESULT}")
-    identity: dict[str, Any] = read_json(folder / CONFIG)["identity"]
-    return identity
+    return load_checkpoint(folder / CHECKPOINT)
 
 
 def _check(folder: Path, field: str, source: dict[str, Any], wanted: tuple[Any, ...]) -> None:

@@ -11,7 +11,7 @@ import torch
 from elasticzo.int8 import ElasticZOInt8, Int8Tensor, Int8ZO
 from elasticzo.int8.memory import int8_training_memory
 from elasticzo.models import LeNet5
-from experiments.files import write_json
+from experiments.files import read_checked, write_checked
 from experiments.studies import elastic, memory_model, plan
 from experiments.studies.elastic import checks, method_of
 from experiments.studies.memory_model import Case, predicted, row_of
@@ -168,7 +168,7 @@ def test_grid_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_model, "row_of", row_of)
     assert memory_model.main(arguments) == 0 and again == []  # every cell is there
     kept = tmp_path / "runs" / "rows.json"
-    write_json(kept, {**json.loads(kept.read_text()), "hardware": "another, 2 threads"})
+    write_checked(kept, {**read_checked(kept, "-"), "hardware": "another, 2 threads"})
     assert memory_model.main([*arguments, "--batches", "32"]) == 0
     assert again == [every[0], every[2]]  # elsewhere measured: none of it is taken
     written = json.loads((tmp_path / "memory_model.json").read_text())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from dataclasses import fields, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from elasticzo.checkpoint import load_checkpoint
+from experiments.files import read_checked
 from experiments.train import learner
 from experiments.train.__main__ import main
 from experiments.train.config import TrainConfig
@@ -141,7 +141,7 @@ def test_what_a_run_leaves_behind(start: Start) -> None:
     result, folder = start(tensorboard=True, plot=True)
     names = {p.name for p in folder.path.iterdir()}
     assert {CONFIG, METRICS, CHECKPOINT, RESULT, CURVES, "trajectory.jsonl", "tensorboard"} == names
-    assert json.loads((folder.path / RESULT).read_text()) == result
+    assert read_checked(folder.path / RESULT, "-") == result
     assert result["steps"] == 2 * (768 // 32)
     assert result["ms_per_step"] > 0 and result["seconds"] > 0
     assert result["peak_memory"]["measure"] == "ru_maxrss of the whole process"
