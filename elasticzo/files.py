@@ -6,13 +6,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from uuid import uuid4
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A path to write to, beside its place, which becomes `path` when all went well: whoever reads
-    `path` sees the old file or the new one, never a part, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    `path` sees the old file or the new one, never a part, also after a power cut. Of several who
+    write it at a time, threads or processes, the last one stays."""
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     try:
         yield temporary
         _sync(temporary)

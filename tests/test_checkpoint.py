@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
+from collections import OrderedDict
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +129,92 @@ def test_code_in_a_file_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(ValueError, match=r"c\.pt is not a checkpoint"):
         load_checkpoint("c.pt")
     assert not Path("evil").exists()
+
+
+@pytest.mark.parametrize("value", [Evil(), torch.nn.Linear(2, 2)], ids=["call", "module"])
+def test_no_refusal_tells_how_to_turn_the_protection_off(value: Any, tmp_path: Path) -> None:
+    path = tmp_path / "c.pt"
+    torch.save({"format": "elasticzo-checkpoint", "version": 1, "state": value}, path)
+    with pytest.raises(ValueError, match=r"it asks for [\w.]+; nothing but tensors") as caught:
+        load_checkpoint(path)
+    assert "weights_only" not in str(caught.value) and "trust" not in str(caught.value)
+    assert caught.value.__cause__ is None and caught.value.__suppress_context__
+
+
+def test_derived_values_are_written_as_their_base(tmp_path: Path) -> None:
+    path = tmp_path / "c.pt"
+    state = {
+        np.str_("key"): torch.__version__,
+        "name": np.str_("adam"),
+        "status": HTTPStatus.OK,
+        HTTPStatus.CREATED: True,
+        "half": np.float64(0.5),
+        "weight": torch.nn.Parameter(torch.ones(2)),
+        "ordered": OrderedDict(a=1),
+    }
+    save_checkpoint(path, state)
+    found = load_checkpoint(path)
+    assert found.pop("weight").tolist() == [1.0, 1.0]
+    plain = {"key": str(torch.__version__), "name": "adam", "status": 200, 201: True}
+    assert same(found, {**plain, "half": 0.5, "ordered": {"a": 1}})
+    assert [type(k) for k in found] == [str, str, str, int, str, str]
+
+
+def test_a_view_is_written_without_what_is_around_it(tmp_path: Path) -> None:
+    path, large = tmp_path / "c.pt", torch.randn(1000, 1000)
+    save_checkpoint(
+        path, {"row": large[:1], "column": large[:, 3], "conj": large[:1].cfloat().conj()}
+    )
+    assert path.stat().st_size < 30_000
+    found = load_checkpoint(path)
+    assert torch.equal(found["row"], large[:1]) and torch.equal(found["column"], large[:, 3])
+
+
+@pytest.mark.parametrize(
+    ("t", "kind"),
+    [(torch.eye(2).to_sparse(), "sparse_coo"), (torch.ones(2, device="meta"), "meta")],
+)
+def test_tensors_that_are_not_dense_are_refused(t: torch.Tensor, kind: str, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=rf"state\['t'\] must be a dense tensor .*{kind}"):
+        save_checkpoint(tmp_path / "c.pt", {"t": t})
+    assert not any(tmp_path.iterdir())
+
+
+def test_two_writers_of_one_path(tmp_path: Path) -> None:
+    path, failed = tmp_path / "c.pt", []
+
+    def save(number: int) -> None:
+        for _ in range(20):
+            try:
+                save_checkpoint(path, {"t": torch.full((5000,), number)})
+            except OSError as error:
+                failed.append(error)
+
+    threads = [threading.Thread(target=save, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed and [p.name for p in tmp_path.iterdir()] == ["c.pt"]
+    assert load_checkpoint(path)["t"].unique().numel() == 1
+
+
+def test_a_full_disk_is_told_as_such(tmp_path: Path) -> None:
+    """A limit on the size of files stands for it: the system refuses the write in the middle."""
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, {"step": 1})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save_checkpoint(path, {"t": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert load_checkpoint(path) == {"step": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
 
 
 def test_epoch_order() -> None:

@@ -55,6 +55,7 @@ def augment_clouds(
     for name, value in settings.items():
         if not 0.0 <= value < math.inf:
             raise ValueError(f"{name} must be in [0, inf), got {value}")
+    check_key(seed, step)
     batch, points, _ = x.shape
     device = x.device
     key = torch.tensor([seed, step], dtype=torch.int64, device=device)

@@ -12,9 +12,10 @@ cache of this file, which does not look at the files it calls.
 from __future__ import annotations
 
 import numpy as np
-from numba import carray, njit
+from numba import carray
 from numba.extending import intrinsic
 
+from zo_kernels.cpu.compiled import njit
 from zo_kernels.cpu.int8_dot import LANES, WORD, ZERO, _block, types
 from zo_kernels.cpu.memory import octets
 

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from zo_kernels.cpu.compiled import njit
 from zo_kernels.cpu.memory import octets as octets_at
 from zo_kernels.cpu.memory import spots as spots_at
 from zo_kernels.cpu.memory import words as words_at

@@ -11,8 +11,9 @@ cannot grow stale by it.
 from __future__ import annotations
 
 import numpy as np
-from numba import carray, njit
+from numba import carray
 
+from zo_kernels.cpu.compiled import njit
 from zo_kernels.cpu.kernels import philox
 from zo_kernels.cpu.memory import octets as octets_at
 from zo_kernels.cpu.memory import words as words_at

@@ -8,8 +8,9 @@ cannot grow stale by it.
 from __future__ import annotations
 
 import numpy as np
-from numba import carray, njit
+from numba import carray
 
+from zo_kernels.cpu.compiled import njit
 from zo_kernels.cpu.int8_kernels import fill_sparse
 from zo_kernels.cpu.memory import octets
 

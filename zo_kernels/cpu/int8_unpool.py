@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
+
+from zo_kernels.cpu.compiled import njit
 
 u8, u16 = np.uint8, np.uint16
 WIDE = 16

@@ -19,8 +19,10 @@ import math
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import carray, types
 from numba.extending import intrinsic
+
+from zo_kernels.cpu.compiled import njit
 
 f32, i32, u32, u64 = np.float32, np.int32, np.uint32, np.uint64
 

@@ -9,9 +9,10 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from numba import carray, njit
+from numba import carray
 from torch import Tensor
 
+from zo_kernels.cpu.compiled import njit
 from zo_kernels.cpu.kernels import CHUNK, _pointer_to, fill_float
 from zo_kernels.cpu.sweeps import PARALLEL_FROM, memory_of, pool_of
 
