@@ -54,7 +54,8 @@ def append(path: Path, lines: bytes) -> None:
             while rest:
                 rest = rest[file.write(rest) :]
             os.fsync(file.fileno())
-        except OSError:
+        except OSError as error:
+            error.filename = str(path)
             file.truncate(size)
             raise
 

@@ -17,7 +17,7 @@ from elasticzo.data import DownloadError
 
 RESULTS = Path(__file__).parent / "results"
 USAGE_ERROR = 2
-REFUSED = (ValueError, TypeError, FileNotFoundError, ImportError, DownloadError)
+REFUSED = (ValueError, TypeError, OSError, ImportError, DownloadError)
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 
@@ -72,20 +72,26 @@ def run_command(
     console: Console,
     again: str = "; the same command goes on",
 ) -> int:
-    """The exit status of a command: that of `finish` (None is 0), 2 for what `work` refuses, 128 +
-    signal where it was interrupted.
+    """The exit status of a command: that of `finish` (None is 0), 2 for what is refused, by the
+    command or by the system (a full disk, say), 128 + signal where it was interrupted.
 
     Args:
         work: may refuse by `REFUSED`, and be interrupted.
-        finish: says and writes what came of it.
+        finish: says and writes what came of it; may refuse, too.
         again: what a person reads after an interruption.
     """
     try:
-        found = work()
+        return finish(work()) or 0
     except REFUSED as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_sentence(error)}", file=sys.stderr)
         return USAGE_ERROR
     except Interrupted as stop:
         console.print(f"{stop}{again}", markup=False)
         return 128 + stop.signal.value
-    return finish(found) or 0
+
+
+def _sentence(error: Exception) -> str:
+    """Of what the system refused: the place, and why."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)

@@ -11,6 +11,27 @@ from typing import Any
 from elasticzo.files import whole
 
 
+def check_folder(name: str, path: Path) -> None:
+    """Raise ValueError where there can be no folder `path`."""
+    if path == Path():
+        raise ValueError(f"{name} must name a folder, got {str(path)!r}")
+    for place in (path, *path.parents):
+        if place.is_symlink() and not place.exists():
+            raise ValueError(f"{name} must be a folder, got {path}: {place} is a broken link")
+        if place.exists():
+            if not place.is_dir():
+                raise ValueError(f"{name} must be a folder, got {path}: {place} is a file")
+            return
+
+
+def check_file(name: str, path: Path) -> None:
+    """Raise ValueError where there can be no file `path`."""
+    if path == Path() or path.is_dir():
+        raise ValueError(f"{name} must name a file, got {str(path)!r}")
+    if path.parent != Path():
+        check_folder(f"the folder of {name}", path.parent)
+
+
 def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as temporary:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,24 @@ def rewrite(path: Path, **datasets: Any) -> None:
             file.create_dataset(name, data=values)
 
 
+def elsewhere(path: Path, how: str) -> None:
+    """A file whose data are no values of its own."""
+    import h5py
+
+    rewrite(path.with_name("other.h5"), data=X)
+    with h5py.File(path, "w") as file:
+        file.create_dataset("label", data=Y)
+        if how == "link":
+            file["data"] = h5py.ExternalLink("other.h5", "data")
+        elif how == "group":
+            file.create_group("data")
+        elif how == "external":
+            place = [(str(path.with_name("other.h5")), 0, X.nbytes)]
+            file.create_dataset("data", X.shape, X.dtype, external=place)
+        else:  # nothing is stored: what is not written reads as 0
+            file.create_dataset("data", (2**20, 2**10, 3), "f4", chunks=(64, 64, 3))
+
+
 X, Y = cloud_arrays(4)
 TRAIN = "ply_data_train1.h5"
 DAMAGE: list[tuple[str, Callable[[Path], object], type[Exception], str]] = [
@@ -69,6 +88,11 @@ DAMAGE: list[tuple[str, Callable[[Path], object], type[Exception], str]] = [
     ("wild label", lambda f: rewrite(f / TRAIN, data=X, label=Y + 9), ValueError,
      "expected labels 0 to 9, got 9 to 12"),
     ("NaN", lambda f: rewrite(f / TRAIN, data=X * np.nan, label=Y), ValueError, "finite"),
+    ("a link", lambda f: elsewhere(f / TRAIN, "link"), ValueError, "a dataset of this file, got a"),
+    ("a group", lambda f: elsewhere(f / TRAIN, "group"), ValueError, "dataset of this file, got a"),
+    ("external", lambda f: elsewhere(f / TRAIN, "external"), ValueError, "one that reads others"),
+    ("12 GiB", lambda f: elsewhere(f / TRAIN, "huge"), ValueError,
+     r"at most 100 times the file's \d+ bytes, got float32 .*, 12884901888 bytes"),
     ("points", lambda f: rewrite(f / TRAIN, data=X[:, :9], label=Y), ValueError,
      r"expected files of equal points a cloud, got \[9, 24\]"),
     ("test points", lambda f: rewrite(f / "ply_data_test0.h5", data=X[:, :9], label=Y), ValueError,
@@ -85,6 +109,17 @@ def test_names_what_is_missing_or_damaged(
     spoil(folder)
     with pytest.raises(error, match=message):
         load_modelnet10(folder)
+
+
+def test_a_flipped_byte_is_a_value_error_or_no_harm(tmp_path: Path) -> None:
+    folder = write_modelnet10(tmp_path)
+    content = (folder / TRAIN).read_bytes()
+    for at in range(0, 2400, 17):  # where the structure is
+        changed = bytearray(content)
+        changed[at] ^= 0xFF
+        (folder / TRAIN).write_bytes(changed)
+        with suppress(ValueError):
+            load_modelnet10(folder)
 
 
 def clouds(n: int = 6) -> CloudData:
@@ -189,6 +224,10 @@ def test_shifts_a_cloud_and_jitters_points() -> None:
         ),
         ({"x": torch.zeros(2, 5, 3).double()}, r"x must be float32"),
         ({"up": -1}, "up must be an axis, 0, 1 or 2, got -1"),
+        ({"seed": -1}, r"seed must be an integer in \[0, 2\^63\), got -1"),
+        ({"seed": 1.5}, r"seed must be an integer in \[0, 2\^63\), got 1.5"),
+        ({"step": 2**40}, r"step must be an integer in \[0, 2\^32\), got 1099511627776"),
+        ({"step": -1}, r"step must be an integer in \[0, 2\^32\), got -1"),
         ({"shift": -0.1}, r"shift must be in \[0, inf\), got -0.1"),
         ({"jitter": float("nan")}, r"jitter must be in \[0, inf\), got nan"),
     ],

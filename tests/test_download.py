@@ -1,6 +1,7 @@
 """Downloads, against a server on the loopback address."""
 
 import hashlib
+import os
 import socket
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -69,6 +70,16 @@ def test_download_writes_the_file_once(server: Server, tmp_path: Path) -> None:
         assert dl.download_file(f"{server.url}/x", path, SHA256) == path
     assert path.read_bytes() == BODY and list(path.parent.iterdir()) == [path]
     assert server.requests == ["/x"]
+
+
+def test_parts_of_killed_downloads_are_removed(server: Server, tmp_path: Path) -> None:
+    server.files["/x"] = (BODY, len(BODY))
+    old, alive = tmp_path / ".x.0.part", tmp_path / ".x.1.part"
+    for part in (old, alive):
+        part.write_bytes(BODY[:9])
+    os.utime(old, (0, 0))
+    dl.download_file(f"{server.url}/x", tmp_path / "x", SHA256)
+    assert not old.exists() and alive.exists()
 
 
 @pytest.mark.parametrize(

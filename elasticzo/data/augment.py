@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from elasticzo.data.order import check_key
 from zo_kernels import sample
 
 # Of the stream "data"; the order of an epoch is tensor 0.
@@ -55,7 +56,7 @@ def augment_clouds(
     for name, value in settings.items():
         if not 0.0 <= value < math.inf:
             raise ValueError(f"{name} must be in [0, inf), got {value}")
-    check_key(seed, step)
+    check_key(seed, step=step)
     batch, points, _ = x.shape
     device = x.device
     key = torch.tensor([seed, step], dtype=torch.int64, device=device)

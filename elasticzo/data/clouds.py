@@ -14,6 +14,7 @@ from elasticzo.data.download import import_data_extra
 from elasticzo.data.order import shuffled
 
 CLOUD_SETS = ("modelnet10", "modelnet40")
+MOST_SMALLER = 100  # a file may be so many times smaller than what it holds: coordinates compress
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,14 +156,13 @@ def _read_file(h5py: Any, path: Path, classes: int) -> tuple[np.ndarray, np.ndar
         raise FileNotFoundError(f"{path} is missing")
     try:
         with h5py.File(path, "r") as file:
-            found = {key: file[key][()] for key in ("data", "label") if key in file}
-    except OSError as error:
+            found = {key: _read_set(h5py, file, key, path) for key in ("data", "label")}
+    except _Refused:
+        raise
+    except Exception as error:  # whatever h5py raises where bytes are damaged
         raise ValueError(
             f"{path}: expected a whole HDF5 file, got a damaged one: {error}"
         ) from error
-    for key in ("data", "label"):
-        if key not in found:
-            raise ValueError(f"{path}: expected the datasets data and label, {key} is missing")
     x, y = np.asarray(found["data"]), np.asarray(found["label"])
     if x.dtype.kind != "f" or x.ndim != 3 or x.shape[2] != 3 or 0 in x.shape:
         raise ValueError(
@@ -178,6 +178,29 @@ def _read_file(h5py: Any, path: Path, classes: int) -> tuple[np.ndarray, np.ndar
     if y.min() < 0 or y.max() >= classes:
         raise ValueError(f"{path}: expected labels 0 to {classes - 1}, got {y.min()} to {y.max()}")
     return x, y
+
+
+class _Refused(ValueError):
+    """A file that is whole, and not what was expected."""
+
+
+def _read_set(h5py: Any, file: Any, key: str, path: Path) -> Any:
+    """The values of one dataset, which lie in this very file."""
+    if key not in file:
+        raise _Refused(f"{path}: expected the datasets data and label, {key} is missing")
+    link = file.get(key, getlink=True)
+    if not isinstance(link, h5py.HardLink) or not isinstance(file[key], h5py.Dataset):
+        raise _Refused(f"{path}: expected {key} to be a dataset of this file, got a link or group")
+    found = file[key]
+    if found.external or found.is_virtual:
+        raise _Refused(f"{path}: expected {key} to lie in this file, got one that reads others")
+    size = path.stat().st_size
+    if found.nbytes > max(MOST_SMALLER * size, 1 << 20):
+        raise _Refused(
+            f"{path}: expected {key} of at most {MOST_SMALLER} times the file's {size} bytes, got "
+            f"{found.dtype} {list(found.shape)}, {found.nbytes} bytes"
+        )
+    return found[()]
 
 
 def _check_part(part: str, x: Tensor, y: Tensor, n_classes: int) -> None:

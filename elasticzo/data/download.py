@@ -7,7 +7,9 @@ one, and only then is it moved into place: it is there whole, or not at all.
 import hashlib
 import importlib
 import importlib.util
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from uuid import uuid4
@@ -97,6 +99,7 @@ def download_file(url: str, path: str | Path, sha256: str, progress: bool = True
         _check_present(path, sha256)
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_left(path)
     part = path.with_name(f".{path.name}.{uuid4().hex}.part")
     try:
         _fetch(url, part, sha256, _progress_bar(path.name) if progress else None)
@@ -126,6 +129,14 @@ def _download_set(
         download_file(f"{base}/{name}", folder / name, sha256, progress)
         for name, sha256 in hashes.items()
     ]
+
+
+def _remove_left(path: Path) -> None:
+    """Parts of a process that was killed: one that is alive writes within the timeout."""
+    for part in path.parent.glob(f".{path.name}.*.part"):
+        with suppress(OSError):
+            if time.time() - part.stat().st_mtime > 2 * _TIMEOUT_S:
+                part.unlink()
 
 
 def _check_present(path: Path, sha256: str) -> None:

@@ -30,13 +30,18 @@ def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
     """
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
-    if not 0 <= seed < 1 << 63:
-        raise ValueError(f"seed must be in [0, 2^63), got {seed}")
-    if not 0 <= epoch < 1 << 32:
-        raise ValueError(f"epoch must be in [0, 2^32), got {epoch}")
+    check_key(seed, epoch=epoch)
     key = torch.tensor([seed, epoch], dtype=torch.int64)
     words = sample([n], key, tensor=0, noise="bits", purpose="data")
     return words.argsort(stable=True)
+
+
+def check_key(seed: int, **place: int) -> None:
+    """Raise ValueError for a seed, or a step or epoch by its name, that the counter noise cannot
+    have: it would take another one's numbers."""
+    for name, value, bits in (("seed", seed, 63), *((k, v, 32) for k, v in place.items())):
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << bits:
+            raise ValueError(f"{name} must be an integer in [0, 2^{bits}), got {value!r}")
 
 
 def shuffled(n: int, seed: int) -> np.ndarray:

@@ -27,7 +27,7 @@ from elasticzo.memory import inference_memory, training_memory
 from elasticzo.models import LeNet5, ResNet20
 from experiments.files import write_json
 from experiments.timing import in_turn
-from experiments.train.environment import made_on
+from experiments.train.environment import made_on, use_threads
 from experiments.train.memory import peak_of
 
 RESULT = Path(__file__).parent.parent / "results" / "directions_cpu.json"
@@ -188,7 +188,7 @@ def main(config: Config) -> None:
     console = Console(highlight=False)
     steps = {}
     for threads in config.threads:
-        torch.set_num_threads(threads)
+        use_threads(threads)
         steps[str(threads)] = time_and_launches(config)
     found = memory(config.batch) if config.memory else {}
     for count, rows in steps.items():

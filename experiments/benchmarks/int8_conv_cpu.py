@@ -23,7 +23,7 @@ from torch import Tensor
 
 from experiments.files import write_json
 from experiments.timing import in_turn
-from experiments.train.environment import made_on
+from experiments.train.environment import made_on, use_threads
 from zo_kernels import (
     int8_paired_conv2d,
     int8_paired_linear,
@@ -148,7 +148,7 @@ def measure(
 
 
 def main(config: Config) -> None:
-    torch.set_num_threads(config.threads)
+    use_threads(config.threads)
     verify()
     clock = time.thread_time_ns if config.threads == 1 else time.perf_counter_ns
     layers = {}

@@ -42,7 +42,7 @@ from experiments.files import write_json
 from experiments.studies import step_times
 from experiments.studies.networks import TAILS
 from experiments.timing import Timings, in_turn
-from experiments.train.environment import made_on
+from experiments.train.environment import made_on, use_threads
 
 COMMAND = "python -m experiments.benchmarks.int8_step_cpu"
 RESULT = Path(__file__).parent.parent / "results" / "int8_step_cpu.json"
@@ -171,7 +171,7 @@ def table(rows: list[dict[str, Any]], memory: list[dict[str, Any]]) -> Table:
 
 
 def main(config: Config) -> None:
-    torch.set_num_threads(config.threads)
+    use_threads(config.threads)
     console = plain_console()
     if config.reduced:
         config = replace(config, batches=(8,), rounds=3)

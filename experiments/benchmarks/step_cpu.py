@@ -20,7 +20,7 @@ from elasticzo.models import LeNet5
 from experiments.benchmarks.models import MeZOLoop
 from experiments.files import write_json
 from experiments.timing import Contestant, in_turn
-from experiments.train.environment import made_on
+from experiments.train.environment import made_on, use_threads
 from zo_kernels import perturbed_weights, sample, update_
 
 EPS, LR = 1e-3, 1e-6
@@ -122,7 +122,7 @@ def noise_costs(rounds: int) -> dict[str, float]:
 
 
 def main(config: Config) -> None:
-    torch.set_num_threads(config.threads)
+    use_threads(config.threads)
     verify()
     noise = noise_costs(config.rounds)
     print("ns a weight: " + ", ".join(f"{name} {ns:.2f}" for name, ns in noise.items()))

@@ -10,6 +10,7 @@ The logits are synthetic: normal, several exponents, the - half the + half chang
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ import tyro
 from rich.progress import track
 from torch import Tensor
 
-from experiments.commands import RESULTS
-from experiments.files import write_json
+from experiments.commands import RESULTS, plain_console, run_command
+from experiments.files import check_file, write_json
 from experiments.studies.signs import sign_errors, table
 from experiments.train.environment import made_on
 
@@ -46,6 +47,22 @@ class Config:
     """Of the synthetic logits."""
     out: Path = RESULTS / "integer_loss.json"
     """The file to write."""
+
+
+def check(config: Config) -> None:
+    """Raise ValueError for a value out of its range: before anything is computed or written."""
+    ranges = {
+        "trials": ((config.trials,), 1, 1 << 20),
+        "batches": (config.batches, 1, 1 << 20),
+        "fraction_bits": (config.fraction_bits, 0, 16),
+        "exponents": (config.exponents, -64, 64),
+        "changes": (config.changes, 0, 254),
+        "seed": ((config.seed,), 0, (1 << 63) // 1000 - 1000),
+    }
+    for name, (values, low, high) in ranges.items():
+        if not values or not all(low <= value <= high for value in values):
+            raise ValueError(f"{name} must be at least one number in [{low}, {high}], got {values}")
+    check_file("out", config.out)
 
 
 def synthetic(
@@ -84,8 +101,18 @@ def synthetic_rows(config: Config) -> list[dict[str, Any]]:
     return rows
 
 
-def main(config: Config) -> None:
-    rows = synthetic_rows(config)
+def main(config: Config) -> int:
+    """Compare and report; the exit status as that of the training command."""
+
+    def work() -> list[dict[str, Any]]:
+        check(config)
+        return synthetic_rows(config)
+
+    return run_command(work, lambda rows: report(config, rows), plain_console())
+
+
+def report(config: Config, rows: list[dict[str, Any]]) -> None:
+    """Print the table and write the file."""
     print("wrong / zero signs, % of steps\n" + table(rows))
     written = {
         "command": "python -m experiments.studies.integer_loss",
@@ -101,4 +128,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    sys.exit(main(tyro.cli(Config, description=__doc__)))

@@ -17,6 +17,7 @@ Directions = Literal[
     "weight", "rank1", "sample", "node", "auto",
     "feedback", "feedback-zero", "feedback-random", "feedback-exact", "feedback-exact-zero",
 ]  # fmt: skip
+MAX_THREADS = 1024  # the system does not start any number of them, and torch does not survive that
 # A flag that the recipe decides where it is not given: --name or --no-name.
 Flag = Annotated[bool | None, tyro.conf.arg(constructor=bool)]
 
@@ -159,7 +160,7 @@ class TrainConfig:
     backend: Literal["auto", "triton", "numba", "reference"] = "auto"
     """What makes the noise; auto is triton on cuda, numba on the CPU where installed."""
     threads: int | None = None
-    """Threads of torch on the CPU, >= 1; the last bits depend on it. Default: torch's own."""
+    """Threads of torch on the CPU, in [1, 1024]; last bits depend on it. Default: torch's own."""
 
     out: Path | None = None
     """Folder of the run. Default: runs/<data>-<model>-<method>-<seed>, with the directions behind

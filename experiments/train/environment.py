@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import elasticzo
+from experiments.train.config import MAX_THREADS
 
 PACKAGES = ("torch", "triton", "numpy", "numba")
 
@@ -52,10 +53,10 @@ def made_on(device: torch.device) -> dict[str, Any]:
 def use_threads(count: int) -> None:
     """Threads of torch on the CPU.
 
-    Raises: ValueError for less than one.
+    Raises: ValueError unless they are in [1, 1024].
     """
-    if count < 1:
-        raise ValueError(f"threads must be at least 1, got {count}")
+    if not 1 <= count <= MAX_THREADS:
+        raise ValueError(f"threads must be in [1, {MAX_THREADS}], got {count}")
     torch.set_num_threads(count)
 
 

@@ -10,7 +10,8 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from elasticzo.data import CLOUD_SETS
-from experiments.train.config import TrainConfig
+from experiments.files import check_folder
+from experiments.train.config import MAX_THREADS, TrainConfig
 from experiments.train.recipes import INT8_RECIPES
 
 Arithmetic = Literal["float", "int8"]
@@ -62,7 +63,7 @@ FIELDS: Mapping[str, Field] = {
     "train_images": Field(1, INF, "[)"),
     "hold_out": Field(0, INF, "[)"),
     "rotate": Field(-360, 360),
-    "threads": Field(1, INF, "[)"),
+    "threads": Field(1, MAX_THREADS),
     "checkpoint_steps": Field(1, INF, "[)"),
     "log_steps": Field(1, INF, "[)"),
     # floats
@@ -115,8 +116,8 @@ def check(config: TrainConfig) -> None:
         raise ValueError(
             f"data {config.data!r} is read from files: data_dir must name their folder"
         )
-    if config.out is not None and config.out.exists() and not config.out.is_dir():
-        raise ValueError(f"out must be a folder, got the file {config.out}")
+    if config.out is not None:
+        check_folder("out", config.out)
 
 
 def _check_field(config: TrainConfig, name: str, field: Field) -> None:

@@ -22,6 +22,12 @@ def check_span(start: int, stop: int) -> None:
         raise ValueError(f"halves need 0 <= start < stop, got start={start}, stop={stop}")
 
 
+def check_scale(name: str, scale: float) -> None:
+    """What is no number would become NaN on the way to a kernel."""
+    if not (isinstance(scale, (int, float)) and -inf < scale < inf):
+        raise ValueError(f"{name} must be a finite number, got {scale!r}")
+
+
 def check_rows(x: Tensor, halves: int) -> None:
     """Dimension 0 of `x` is `halves` halves of equally many rows."""
     if x.shape[0] % halves:
@@ -73,8 +79,12 @@ def check_perturbation(
     bias_tensor: int | None,
     stop: int,
     noise: str,
+    scale: float,
+    bias_scale: float,
 ) -> None:
     """Of a product's weight and bias."""
+    check_scale("scale", scale)
+    check_scale("bias_scale", bias_scale)
     check_key(key, w.device)
     check_tensor("eps", eps, shape=[], dtype=[torch.float64], device=w.device)
     check_noise(noise)

@@ -117,7 +117,8 @@ def paired_conv2d(
         check_rows(x, stop - start)
     check_no_grad("paired_conv2d", x=x)
     check_size(x, w, geometry(stride, padding, dilation), pool)
-    check_perturbation(w, bias, key, eps, tensor, bias_tensor, stop, noise)
+    of_noise = (stop, noise, scale, bias_scale)
+    check_perturbation(w, bias, key, eps, tensor, bias_tensor, *of_noise)
     check_arithmetic(precision, compute_dtype)
 
 

@@ -97,5 +97,6 @@ def paired_linear(
     if not shared:
         check_rows(x, stop - start)
     check_no_grad("paired_linear", x=x)
-    check_perturbation(w, bias, key, eps, tensor, bias_tensor, stop, noise)
+    of_noise = (stop, noise, scale, bias_scale)
+    check_perturbation(w, bias, key, eps, tensor, bias_tensor, *of_noise)
     check_arithmetic(precision, compute_dtype)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from zo_kernels.layout import check_groups, rows_cols
-from zo_kernels.ops.checks import check_span
+from zo_kernels.ops.checks import check_scale, check_span
 from zo_kernels.registry import (
     OUT_DTYPES,
     WEIGHT_DTYPES,
@@ -130,6 +130,7 @@ def stage_(
         shape = [stop - start, *w.shape]
         check_tensor(f"outs[{i}]", out, shape=shape, dtype=OUT_DTYPES, device=key.device)
         check_in_place(f"outs[{i}]", out)
+        check_scale(f"scales[{i}]", scales[i])
         check_indices(tensor, (stop - 1) // 2)
         rows, cols = rows_cols(w.shape)
         check_groups((first_row + rows, cols), noise)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from zo_kernels.layout import check_groups
+from zo_kernels.ops.checks import check_scale
 from zo_kernels.registry import (
     WEIGHT_DTYPES,
     check_in_place,
@@ -92,6 +93,7 @@ def update_(
     for i, (w, tensor, group) in enumerate(zip(params, tensors, groups, strict=True)):
         check_tensor(f"params[{i}]", w, dtype=WEIGHT_DTYPES, device=device)
         check_in_place(f"params[{i}]", w)
+        check_scale(f"scales[{i}]", scales[i])
         check_indices(tensor)
         check_groups(w.shape, noise)
         if not 0 <= group < lr.numel():

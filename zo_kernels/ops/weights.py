@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from zo_kernels.layout import check_groups, empty_halves
-from zo_kernels.ops.checks import check_span
+from zo_kernels.ops.checks import check_scale, check_span
 from zo_kernels.registry import (
     OUT_DTYPES,
     WEIGHT_DTYPES,
@@ -74,6 +74,7 @@ def perturbed_weights(
     check_tensor("eps", eps, shape=[], dtype=[torch.float64], device=w.device)
     check_noise(noise)
     check_span(start, stop)
+    check_scale("scale", scale)
     check_indices(tensor, (stop - 1) // 2)
     if dtype is not None and dtype not in OUT_DTYPES:
         raise TypeError(f"dtype must be one of {OUT_DTYPES}, got {dtype}")

@@ -253,7 +253,7 @@ def test_command_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert command.main(reduced(tmp_path, "--seeds", "0")) == 2
     assert "seeds must be at least 1, got 0" in capsys.readouterr().err
     assert command.main(reduced(tmp_path, "--threads", "0")) == 2
-    assert "threads must be at least 1, got 0" in capsys.readouterr().err
+    assert "threads must be in [1, 1024], got 0" in capsys.readouterr().err
     assert command.main(["--out", str(tmp_path / "runs")]) == 2
     assert "data_dir must name their folder" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())

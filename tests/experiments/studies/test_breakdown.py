@@ -113,5 +113,5 @@ def test_command_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert breakdown.main(["--rounds", "0", "--results", str(tmp_path)]) == 2
     assert "rounds must be at least 1, got 0" in capsys.readouterr().err
     assert breakdown.main(["--threads", "0", "--results", str(tmp_path)]) == 2
-    assert "threads must be at least 1, got 0" in capsys.readouterr().err
+    assert "threads must be in [1, 1024], got 0" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())

@@ -143,7 +143,7 @@ def test_plan_refuses(capsys: pytest.CaptureFixture[str]) -> None:
         assert command.main(["--device", "tape"]) == 2
         assert wanted in capsys.readouterr().err
     assert memory_model.main(["--threads", "0"]) == 2
-    assert "threads must be at least 1, got 0" in capsys.readouterr().err
+    assert "threads must be in [1, 1024], got 0" in capsys.readouterr().err
     assert memory_model.main(["--batches", "32", "0"]) == 2
     assert "batches must be at least one number >= 1, got (32, 0)" in capsys.readouterr().err
     assert memory_model.main(["--networks", "alexnet"]) == 2

@@ -72,4 +72,4 @@ def test_one_seed_has_no_standard_error(capsys: pytest.CaptureFixture[str]) -> N
     assert random_walk.main(["--data", "digits", "--seeds", "1"]) == 2
     assert "seeds must be at least 2, got 1" in capsys.readouterr().err
     assert random_walk.main(["--data", "digits", "--threads", "0"]) == 2
-    assert "threads must be in [1, inf), got 0" in capsys.readouterr().err
+    assert "threads must be in [1, 1024], got 0" in capsys.readouterr().err
