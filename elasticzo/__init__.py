@@ -6,6 +6,7 @@ from elasticzo.feedback import Feedback
 from elasticzo.forward.trees import unbatched
 from elasticzo.losses import pair_losses
 from elasticzo.optim import ZOSGD, ZOAdam, ZOSign
+from elasticzo.ownership import unwrap
 from elasticzo.trajectory import TrajectoryLog, read_trajectory, replay
 from elasticzo.wrapper import ElasticZO
 
@@ -28,4 +29,5 @@ __all__ = [
     "replay",
     "spsa",
     "unbatched",
+    "unwrap",
 ]

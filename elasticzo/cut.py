@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -85,6 +86,16 @@ def resolve_cut(model: nn.Module, tail: Tail) -> Cut:
         everything,
         tail if isinstance(tail, (int, str)) else tuple(tail),
     )
+
+
+def warn_of_empty_head(head: Sequence[str], cut: Cut) -> None:
+    """Warn where nothing is left to zeroth-order optimisation and not all was to be tail."""
+    if not head and not cut.everything:
+        warnings.warn(
+            f"tail={cut.tail!r} leaves the head empty (all of it is frozen, or tail): nothing is "
+            "perturbed, and every half is the same pass; tail='all' makes it once",
+            stacklevel=3,
+        )
 
 
 def _tail_modules(model: nn.Module, tail: Tail) -> set[str]:

@@ -23,7 +23,7 @@ The wrapper's forward does the first two, `elasticzo.optim.step.Step.step` the o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -144,6 +144,52 @@ def by_feedback(settings: Feedback) -> Estimator:
     sources = {"clean": slice(0, 1)}
     direction = Dense("rademacher")
     return Estimator("feedback", direction, 1, CLEAN, no_difference, sources, feedback=settings)
+
+
+def asked_estimator(
+    estimator: Estimator | None,
+    noise: str | None,
+    queries: int,
+    directions: str | Mapping[str, str] | Feedback,
+    group: int,
+) -> tuple[Estimator, str | Mapping[str, str]]:
+    """What the settings of a wrapper come to: its estimator, and the kinds of its directions.
+
+    Raises: TypeError for another estimator; ValueError for settings that exclude each other.
+    """
+    if not isinstance(estimator, Estimator | None):
+        raise TypeError(
+            f"estimator must be one of elasticzo.estimator, as one_sided(queries=4), got "
+            f"{estimator!r}"
+        )
+    if estimator is not None and (noise, queries) != (None, 1):
+        raise ValueError(
+            f"estimator has its own noise and queries: got noise={noise!r} and "
+            f"queries={queries!r} beside it"
+        )
+    if noise == "rank1":
+        if directions != "weight":
+            raise ValueError(
+                'noise="rank1" is directions="rank1" with signs; got directions='
+                f"{directions!r} beside it"
+            )
+        noise, directions = "rademacher", "rank1"
+    by_name = isinstance(directions, Mapping) and "feedback" in directions.values()
+    settings = Feedback() if directions == "feedback" or by_name else directions
+    if isinstance(settings, Feedback):
+        signs = noise in (None, "rademacher")
+        if (estimator, queries, signs, group) != (None, 1, True, 1):
+            raise ValueError(
+                "learnt feedback is an estimator of its own, a clean and a noisy pass: got "
+                f"estimator={estimator!r}, queries={queries!r}, noise={noise!r} and "
+                f"group={group!r} beside it"
+            )
+        estimator = by_feedback(settings)
+    if isinstance(directions, Feedback):
+        directions = "feedback"
+    if estimator is None:
+        estimator = spsa(queries, noise or "normal")
+    return replace(estimator, samples=Samples(noise or "rademacher", group)), directions
 
 
 # What the contract tests run over: a new method is a line here.

@@ -100,6 +100,9 @@ class ZOModule(nn.Module, ABC):
         self.session.go_to(seed, step)
         self.forget_forwards()
 
+    def check_held(self) -> None:
+        """Raise RuntimeError where the weights were given back (`unwrap`)."""
+
     def forget_forwards(self) -> None:
         """What was kept of a forward is not needed any more, or belongs to other weights."""
         self.session.forget()

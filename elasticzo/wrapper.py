@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from elasticzo.cut import Tail, resolve_cut
-from elasticzo.estimator import Estimator, by_feedback, spsa
+from elasticzo.cut import Tail, resolve_cut, warn_of_empty_head
+from elasticzo.estimator import Estimator, asked_estimator
 from elasticzo.feedback import Feedback
 from elasticzo.forward.check import check_stacked
 from elasticzo.forward.engine import Engine
@@ -25,9 +24,9 @@ from elasticzo.memory.budget import Candidate, fit_tail
 from elasticzo.module import ZOModule, load_inside, loaded
 from elasticzo.optim.replay import replayer
 from elasticzo.optim.tail import tail_optimizer
+from elasticzo.ownership import check_free, check_held, freeze, unwrap
 from elasticzo.points import CLEAN
-from elasticzo.samples import Samples
-from elasticzo.session import Session, flush_others
+from elasticzo.session import Session
 from elasticzo.settings import check_budget, check_noise, check_settings, refuse_wrapped
 
 
@@ -39,7 +38,8 @@ class ElasticZO(ZOModule):
     The projected gradient of a query is `g = (L+ - L-) / (2 eps)`; `ZOSGD.step` does the update.
 
     Args:
-        model: any module. Its parameters are shared, never copied; those frozen before stay frozen.
+        model: any module that is not wrapped. Its parameters are shared, never copied; those frozen
+            before stay frozen, those of the head are until `unwrap()`.
         tail: what backpropagation trains: module names (children included), the number of last
             Linear / Conv / Embedding layers, 0 (Full ZO), "all" (Full BP, one pass) or "auto".
         eps: perturbation scale.
@@ -103,71 +103,36 @@ class ElasticZO(ZOModule):
         if noise not in (None, "rank1"):
             check_noise(noise)
         check_budget(tail, memory_budget, example_input, state_tensors)
-        if not isinstance(estimator, Estimator | None):
-            raise TypeError(
-                "estimator must be one of elasticzo.estimator, as one_sided(queries=4), got "
-                f"{estimator!r}"
-            )
-        if estimator is not None and (noise, queries) != (None, 1):
-            raise ValueError(
-                f"estimator has its own noise and queries: got noise={noise!r} and "
-                f"queries={queries!r} beside it"
-            )
-        if noise == "rank1":
-            if directions != "weight":
-                raise ValueError(
-                    'noise="rank1" is directions="rank1" with signs; got directions='
-                    f"{directions!r} beside it"
-                )
-            noise, directions = "rademacher", "rank1"
-        flush_others(model)
+        self.estimator, directions = asked_estimator(estimator, noise, queries, directions, group)
+        check_free(model)
         self.module = model
         self.register_load_state_dict_post_hook(loaded)  # type: ignore[no-untyped-call]
-        by_name = isinstance(directions, Mapping) and "feedback" in directions.values()
-        settings = Feedback() if directions == "feedback" or by_name else directions
-        if isinstance(settings, Feedback):
-            signs = noise in (None, "rademacher")
-            if (estimator, queries, signs, group) != (None, 1, True, 1):
-                raise ValueError(
-                    "learnt feedback is an estimator of its own, a clean and a noisy pass: got "
-                    f"estimator={estimator!r}, queries={queries!r}, noise={noise!r} and "
-                    f"group={group!r} beside it"
-                )
-            estimator = by_feedback(settings)
-            directions = directions if by_name else "feedback"
-        if estimator is None:
-            estimator = spsa(queries, noise or "normal")
-        samples = Samples(noise or "rademacher", group)
-        self.estimator = replace(estimator, samples=samples)
+        samples, learnt = self.estimator.samples, self.estimator.feedback
         self.wanted_backend = backend
-        for p in model.parameters():
-            if getattr(p, "elasticzo_head", False):  # frozen by a wrapper before, not by the user
-                p.requires_grad_(True)
         self.fitted: Candidate | None = None  # what tail="auto" chose
         how: dict[str, Any] = {"pairing": pairing, "backend": backend}
         if isinstance(tail, str) and tail == "auto":
             given = {**how, "eps": eps, "compute_dtype": compute_dtype, "estimator": self.estimator}
             given |= {"directions": directions, "group": group}
-            if isinstance(settings, Feedback):
-                given |= {"directions": settings, "estimator": None}
+            if learnt is not None:
+                given |= {"directions": learnt, "estimator": None}
             assert memory_budget is not None
             wanted = (memory_budget, example_input, state_tensors)
             self.fitted, scale, path = fit_tail(ElasticZO, model, *wanted, scale, path, given)
             tail = self.fitted.tail
         self.cut = resolve_cut(model, tail)
+        warn_of_empty_head(self.cut.head_parameters, self.cut)
         self.head = head_of(model, self.cut, scale)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.session = Session(seed, eps, device)
-        learnt = None if self.cut.everything else self.estimator.feedback
+        learnt = None if self.cut.everything else learnt
         self.session.learns = learnt is not None
         of = (model, self.cut, self.head, self.session, self.estimator.direction, samples, learnt)
         how |= {"path": path, "directions": directions, "wanted": compute_dtype}
         self.engine = Engine(*of, **how)
         if learnt is not None:
             learnt.check_layers(list(self.engine.plan.layers))
-        for _, p in self.head.named():
-            p.requires_grad_(False)
-            p.elasticzo_head = True
+        self._tenure = freeze(model, self.head)
 
     # ---- what it is
 
@@ -218,6 +183,14 @@ class ElasticZO(ZOModule):
         names = set(self.cut.tail_parameters)
         return ((n, p) for n, p in self.module.named_parameters() if n in names)
 
+    def unwrap(self) -> nn.Module:
+        """The model itself, as `elasticzo.unwrap` gives it back; this wrapper trains no more."""
+        model: nn.Module = unwrap(self)
+        return model
+
+    def check_held(self) -> None:
+        check_held(self._tenure)
+
     def extra_repr(self) -> str:
         head = sum(p.numel() for p in self.head_parameters())
         tail = sum(p.numel() for p in self.tail_parameters())
@@ -241,6 +214,7 @@ class ElasticZO(ZOModule):
         if not self.training:
             self.flush()
             return self.module(*strip(args), **strip(kwargs))
+        self.check_held()
         check_leaves((args, kwargs), "an input")
         points = CLEAN if self.cut.everything else self.estimator.points
         return self.engine.run(points, args, kwargs)
@@ -249,6 +223,7 @@ class ElasticZO(ZOModule):
         """One unperturbed training pass, `[1, B, ...]`, for a tail that is to learn from it."""
         if not self.training:
             raise RuntimeError("clean_forward is for train(); in eval() call the model itself")
+        self.check_held()
         return self.engine.clean(args, kwargs)
 
     def settle(self, *args: Any, **kwargs: Any) -> dict[str, Kind]:

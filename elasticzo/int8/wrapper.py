@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elasticzo.cut import Tail, resolve_cut
+from elasticzo.cut import Tail, resolve_cut, warn_of_empty_head
 from elasticzo.head import Head, HeadParameter, Slot, resolve_scale
 from elasticzo.int8.backward import aligned_sum, half_gradients
 from elasticzo.int8.estimator import Sparse, signs
@@ -25,6 +25,7 @@ from elasticzo.int8.settings import (
 from elasticzo.int8.tail import Int8Tail
 from elasticzo.int8.tensor import Int8Tensor, check_input
 from elasticzo.module import ZOModule
+from elasticzo.ownership import check_free
 from elasticzo.session import Session
 from zo_kernels import integer_cross_entropy, integer_softmax_error
 from zo_kernels.int8 import check_logits, check_target
@@ -81,6 +82,8 @@ class ElasticZOInt8(ZOModule):
         super().__init__()
         check_settings(queries, seed, fraction_bits, loss, backend, pairing)
         check_perturbation(r_max, p_zero)
+        if isinstance(model, nn.Module):
+            check_free(model)
         self.network = Int8Network(model, drop_biases)
         self.cut = resolve_cut(model, tail)
         check_tail(self.cut, self.network.layers)
@@ -90,6 +93,7 @@ class ElasticZOInt8(ZOModule):
         self._of = dict(zip(names, self.network.layers, strict=True))
         head = [name for name in names if name in self.cut.head_parameters]
         tail = [name for name in names if name in self.cut.tail_parameters]
+        warn_of_empty_head(head, self.cut)
         check_order(names, head, tail)
         self.head = self._weights(resolve_scale(head, scale))
         self.trained = self._weights(dict.fromkeys(tail, 1.0))

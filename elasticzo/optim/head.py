@@ -222,6 +222,7 @@ class HeadOptimizer(Step, torch.optim.Optimizer):  # type: ignore[misc]  # of `s
         return on_device
 
     def _check_ready(self) -> None:
+        self.model.check_held()
         self.model.session.check_ready(self.model.head, self._known)
 
     def rates(self) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from rich.progress import Progress, TaskID
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from elasticzo import unwrap
 from elasticzo.checkpoint import load_checkpoint
 from experiments.estimator.probe import Probe, stats
 from experiments.estimator.settings import EstimatorConfig, Sizes, sizes_of
@@ -116,7 +117,7 @@ class Bench:
         config = learner.config
         assert config.tail is not None
         x, y = batch(learner, 0)
-        net = copy.deepcopy(learner.model.module)
+        net = unwrap(copy.deepcopy(learner.model.module))
         for p in net.parameters():
             p.requires_grad_(True)
         return Probe(net, library_tail(config.tail), x, y, cross_entropy)

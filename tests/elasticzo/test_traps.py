@@ -285,10 +285,10 @@ def test_a_model_that_writes_its_input() -> None:
         model(torch.randn(2, 4))
 
 
-def test_wrapping_again_takes_the_head_back() -> None:
+def test_unwrapping_gives_the_head_back() -> None:
     net = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))
     net[0].bias.requires_grad_(False)
-    ElasticZO(net, tail=1)
+    ElasticZO(net, tail=1).unwrap()
     names = [n for n, _ in ElasticZO(net, tail=0).named_head_parameters()]
     assert names == ["0.weight", "1.weight", "1.bias"]
 
