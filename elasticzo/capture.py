@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from elasticzo.buffers import all_buffers, generator_state
 from elasticzo.losses import pair_losses
 from elasticzo.optim import HeadOptimizer
+from elasticzo.optim.tail import check_of
 from elasticzo.wrapper import ElasticZO
 from zo_kernels.triton.table import Table, hold_tables
 
@@ -211,6 +212,8 @@ def _refuse(zo: HeadOptimizer, tail: torch.optim.Optimizer | None) -> None:
             "the model has a tail: give its optimiser, capture_step(..., tail=model.tail_optimizer("
             "...))"
         )
+    if tail is not None:
+        check_of(zo.model, tail)
     for who, optimizer in (("zo", zo), ("tail", tail)):
         for i, group in enumerate(optimizer.param_groups if optimizer is not None else []):
             lr = group["lr"]
@@ -220,7 +223,7 @@ def _refuse(zo: HeadOptimizer, tail: torch.optim.Optimizer | None) -> None:
                     f"lr of group {i} of {who} must be a 0-d tensor on {device}, so that a "
                     f"schedule reaches the captured step; it is {came}"
                 )
-            if who == "tail" and not (group.get("fused") and hasattr(optimizer, "elasticzo_gate")):
+            if who == "tail" and device.type == "cuda" and not group.get("fused"):
                 raise ValueError(
                     "the tail's optimiser must skip steps on the device: build it by model."
                     "tail_optimizer, of a class that has a fused form (SGD, Adam, AdamW, Adagrad)"

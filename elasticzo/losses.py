@@ -181,14 +181,17 @@ def _loss_backend(device: torch.device) -> str:
 def as_losses(losses: Any) -> Tensor:
     """What a step is given as a floating tensor without a graph.
 
-    Raises: TypeError for nothing, or a closure.
+    Raises: TypeError for nothing, a closure, or complex numbers.
     """
     if losses is None:
         raise TypeError("zo.step needs the losses of the halves: zo.step(losses)")
     if callable(losses):
         raise TypeError("zo.step takes losses, not a closure")
     if not isinstance(losses, Tensor):
-        losses = torch.as_tensor(losses, dtype=torch.float64)
+        given = torch.as_tensor(losses)
+        losses = given if given.is_complex() else torch.as_tensor(losses, dtype=torch.float64)
+    if losses.is_complex():
+        raise TypeError(f"losses must be real numbers, got {losses.dtype}")
     found: Tensor = losses.detach()
     return found if found.is_floating_point() else found.to(torch.float64)
 

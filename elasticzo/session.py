@@ -149,24 +149,24 @@ class Session:
                     "zo.step: the losses belong to other weights"
                 )
 
-    def not_finite(self, losses: Tensor) -> Tensor:
-        """1 where this step is to be skipped: `[]` float32."""
-        found = (~torch.isfinite(losses).all()).to(torch.float32)
+    def not_finite(self, losses: Tensor, *more: Tensor) -> Tensor:
+        """1 where this step is to be skipped: `[]` float32. `more`: what else must be finite."""
+        of = torch.cat([t.flatten() for t in (losses, *more)]) if more else losses
+        found = (~torch.isfinite(of).all()).to(torch.float32)
         return torch.maximum(found, self.found) if self.gated else found
 
     def gate(self, tail: Iterator[Tensor]) -> Tensor:
-        """1 where the tail's optimiser must skip this step.
-
-        A backward looked at the losses; after a plain `losses.mean().backward()` the gradients are
-        what can be looked at.
-        """
-        if self.forwards == 0 and self.stepped:  # zo.step came first
-            return self.last_found
-        grads = [] if self.gated else [p.grad for p in tail if p.grad is not None]
+        """1 where the tail's optimiser must skip this step: a loss that `backward` looked at, or a
+        gradient, is not finite."""
+        # Where zo.step came first, it has the losses' flag.
+        found = self.last_found if self.forwards == 0 and self.stepped else self.found
+        there = (p.grad for p in tail if p.grad is not None and p.grad.numel())
+        grads = [grad._values() if grad.is_sparse else grad for grad in there]
         if not grads:
-            return self.found
-        finite = torch.stack([torch.isfinite(g).all() for g in grads]).all()
-        return (~finite).to(torch.float32)
+            return found
+        sizes = torch._foreach_norm(grads, float("inf"))  # one read, and no sum that overflows
+        finite = torch.isfinite(torch.stack(list(sizes))).all()
+        return torch.maximum(found, (~finite).to(torch.float32))
 
     def advance(self, found: Tensor | None) -> None:
         """On to the next `z`; buffers that moved go back where the step was skipped."""

@@ -61,12 +61,14 @@ class Int8ZO(Step):
         """int64 or floating; a loss that is not a number counts as no direction."""
         if not isinstance(losses, Tensor):
             raise TypeError(f"losses must be a Tensor, got {type(losses).__name__}")
+        if losses.is_complex():
+            raise TypeError(f"losses must be integers or floating, got {losses.dtype}")
         halves = self.model.halves
         if list(losses.shape) != [halves]:
             raise ValueError(f"losses must have shape [{halves}], got {list(losses.shape)}")
         return losses.detach()
 
-    def _not_finite(self, losses: Tensor) -> None:
+    def _not_finite(self, losses: Tensor, a: Tensor | None = None) -> None:
         """Integers are finite, and of a float that is none the sign is 0."""
 
     def _update(self, a: Tensor, found: Any) -> None:

@@ -18,14 +18,14 @@ def check_rates(groups: Sequence[Mapping[str, Any]]) -> None:
         lr, decay = group["lr"], group["weight_decay"]
         if not (_is_rate(lr) and _is_rate(decay)):
             raise ValueError(
-                f"lr and weight_decay must be numbers or 0-d tensors >= 0, got {lr!r} and {decay!r}"
+                "lr and weight_decay must be finite numbers or 0-d tensors >= 0, got "
+                f"{lr!r} and {decay!r}"
             )
 
 
 def _is_rate(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return value.dim() == 0 and float(value) >= 0.0
-    return isinstance(value, Real) and not isinstance(value, bool) and float(value) >= 0.0
+    number = value.dim() == 0 if isinstance(value, Tensor) else isinstance(value, Real)
+    return number and not isinstance(value, bool) and 0.0 <= float(value) < float("inf")
 
 
 def check_groups(of: str, saved: Any, entries: Iterable[str]) -> None:

@@ -21,6 +21,7 @@ from elasticzo.optim.groups import (
     complete_groups,
 )
 from elasticzo.optim.header import describe_head, first_weights
+from elasticzo.optim.numbers import DeviceNumbers, reach
 from elasticzo.optim.step import Log, Step
 from elasticzo.session import REPLACED, Pending
 from elasticzo.settings import check_saved
@@ -66,7 +67,7 @@ class HeadOptimizer(Step, torch.optim.Optimizer):  # type: ignore[misc]  # of `s
         self._cached: tuple[Any, list[Target]] | None = None
         self._parts: tuple[list[Target], list[int], list[int], list[Target]] | None = None
         self._few: tuple[list[Target], list[int], list[Target]] | None = None
-        self._settings: dict[str, tuple[Tensor, list[Any]]] = {}
+        self._on = DeviceNumbers()
         self._entries = tuple(defaults)  # of a group; torch adds to `defaults` when it loads
         super().__init__(complete_groups(model, groups, defaults), defaults)
         self._check_numbers(self.param_groups)
@@ -221,6 +222,14 @@ class HeadOptimizer(Step, torch.optim.Optimizer):  # type: ignore[misc]  # of `s
         on_device: Tensor = losses.to(model.session.device, non_blocking=True)
         return on_device
 
+    def _not_finite(self, losses: Tensor, a: Tensor | None = None) -> Tensor:
+        """Besides the losses: the largest steps they come to, and rates that live on the device."""
+        if a is None:
+            return self.model.session.not_finite(losses)
+        scale = max((one.scale for one in self.model.head.parameters.values()), default=1.0)
+        more = reach(a, *self.rates(), self.param_groups, scale, self.rule)
+        return self.model.session.not_finite(losses, *more)
+
     def _check_ready(self) -> None:
         self.model.check_held()
         self.model.session.check_ready(self.model.head, self._known)
@@ -232,20 +241,7 @@ class HeadOptimizer(Step, torch.optim.Optimizer):  # type: ignore[misc]  # of `s
         return lr, decay
 
     def _on_device(self, name: str, values: list[Any]) -> Tensor:
-        """Numbers of the groups as one device tensor, written again only when one changed."""
-        kept, kept_values = self._settings.get(name, (None, None))
-        device = self.model.session.device
-        if any(isinstance(v, Tensor) for v in values):
-            # Tensors are read on the device at every step: a schedule moves them in place.
-            wide = [torch.as_tensor(v, dtype=torch.float64, device=device) for v in values]
-            return torch.stack(wide)
-        if kept is None or kept.device != device or len(kept) != len(values):
-            kept = torch.tensor(values, dtype=torch.float64, device=device)
-        elif kept_values != values:
-            for i, value in enumerate(values):
-                kept[i].fill_(value)  # a launch with the number in it: nothing is copied, or waits
-        self._settings[name] = (kept, values)
-        return kept
+        return self._on.of(name, values, self.model.session.device)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """torch builds the groups by it; parameters outside of the head are refused."""
@@ -264,12 +260,12 @@ class HeadOptimizer(Step, torch.optim.Optimizer):  # type: ignore[misc]  # of `s
 
     @property
     def skipped(self) -> int:
-        """Steps skipped for losses that were not finite. Reads the device; warns of new ones."""
+        """Steps skipped for what was not finite. Reads the device; warns of new ones."""
         count = int(self.model.session.skips)
         if count > self._last_read_skips:
             warnings.warn(
-                f"{count - self._last_read_skips} zeroth-order step(s) were skipped: a loss was "
-                "NaN or infinite",
+                f"{count - self._last_read_skips} zeroth-order step(s) were skipped: a loss, or "
+                "the step that it leads to, was NaN or infinite",
                 stacklevel=2,
             )
         self._last_read_skips = count

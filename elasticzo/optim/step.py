@@ -37,7 +37,8 @@ class Step(ABC):
     def step(self, losses: Any = None) -> None:
         """Update the head from the losses of the halves, and go on to the next `z`.
 
-        Losses that are not finite skip the step: weights, and buffers since the last step, are
+        Losses that are not finite skip the step, and so does what they and the rates come to where
+        it would take a weight beyond all bounds: weights, and buffers since the last step, are
         bit-identical to before; `skipped` counts it.
 
         Args:
@@ -49,12 +50,13 @@ class Step(ABC):
         model, session = self.model, self.model.session
         losses = self._take(losses)  # L+ and L-, of w + eps z and w - eps z
         self._check_ready()
-        found = self._not_finite(losses)
         if model.cut.everything:  # Full BP: nothing is perturbed
+            found = self._not_finite(losses)
             self.projected_gradient.zero_()
         else:
             g = model.estimator.project(losses, session.eps)  # (L+ - L-) / (2 eps)
             a = model.estimator.coefficients(g, self.clip)  # clip(g) / Q
+            found = self._not_finite(losses, a)
             self._update(a, found)  # w <- rule(w, sum_q a_q s z_q)
             self.projected_gradient = g if g.dim() == 1 else g.mean(1)
         if self.log is not None:
@@ -69,9 +71,10 @@ class Step(ABC):
     def _take(self, losses: Any) -> Tensor:
         """The losses, checked, on the device."""
 
-    def _not_finite(self, losses: Tensor) -> Tensor | None:
-        """1 on the device where the step is to be skipped; None where none ever is."""
-        return self.model.session.not_finite(losses)
+    @abstractmethod
+    def _not_finite(self, losses: Tensor, a: Tensor | None = None) -> Tensor | None:
+        """1 on the device where a step by these losses and coefficients is to be skipped; None
+        where none ever is."""
 
     def _check_ready(self) -> None:
         self.model.session.check_ready(self.model.head)

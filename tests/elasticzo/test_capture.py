@@ -164,7 +164,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "the model has a tail: give its optimiser",
     ),
-    "ungated": (lambda: _ungated().capture(), ValueError, "must skip steps on the device"),
+    "ungated": (lambda: _ungated().capture(), ValueError, "skip the steps .* of none"),
+    "another-model": (lambda: _of_another().capture(), ValueError, "of another model"),
     "eval": (lambda: _evaluating().capture(), RuntimeError, r"call model.train\(\) first"),
     "draws": (lambda: _drawing("sequential").capture(), RuntimeError, DRAWN),
     "draws-stacked": (lambda: _drawing("stacked").capture(), RuntimeError, DRAWN),
@@ -192,6 +193,12 @@ def _with_rate(who: str, lr: Any) -> Run:
 def _ungated() -> Run:
     run = Run()
     run.tail = torch.optim.SGD(run.model.tail_parameters(), lr=rate(0.1))
+    return run
+
+
+def _of_another() -> Run:
+    run = Run()
+    run.tail = Run().tail
     return run
 
 
