@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,15 @@ class BufferSnapshot:
             module._buffers[name] = buffer
             buffer.copy_(value)
             self.saved[i] = (module, name, buffer, value, buffer._version)
+
+    @contextmanager
+    def unless_done(self) -> Iterator[None]:
+        """Put the values back where what follows raises."""
+        try:
+            yield
+        except BaseException:
+            self.restore()
+            raise
 
     def restore_where(self, condition: Tensor) -> None:
         """Put the values back where the device scalar `condition` is true, without waiting."""

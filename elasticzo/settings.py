@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -155,6 +155,14 @@ def refuse_overlap(name: str, p: Tensor) -> None:
                 f"shape {list(p.shape)}): make it a tensor of its own, nn.Parameter(p.clone())"
             )
         reach += stride * (size - 1)
+
+
+class NotForDDP:
+    """What DistributedDataParallel iterates over when it is built; others may look at it."""
+
+    def __iter__(self) -> Iterator[str]:
+        refuse_wrapped("DistributedDataParallel")
+        return iter(())
 
 
 def refuse_sharded(name: str, p: Tensor) -> None:

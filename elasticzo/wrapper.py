@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from elasticzo.optim.tail import tail_optimizer
 from elasticzo.ownership import check_free, check_held, freeze, unwrap
 from elasticzo.points import CLEAN
 from elasticzo.session import Session
-from elasticzo.settings import check_budget, check_noise, check_settings, refuse_wrapped
+from elasticzo.settings import NotForDDP, check_budget, check_noise, check_settings
 
 
 class ElasticZO(ZOModule):
@@ -324,7 +324,4 @@ class ElasticZO(ZOModule):
     def replayer(self, header: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], None]:
         return replayer(self, header)
 
-    @property
-    def _ddp_params_and_buffers_to_ignore(self) -> Sequence[str]:
-        refuse_wrapped("DistributedDataParallel")
-        return []
+    _ddp_params_and_buffers_to_ignore = NotForDDP()

@@ -9,8 +9,8 @@ plan and starts again, from the same buffers and generator state.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -40,7 +40,7 @@ from elasticzo.forward.parts import Parts
 from elasticzo.forward.passes import Pass, learn_by
 from elasticzo.forward.plan import run_around, swap_around
 from elasticzo.forward.precision import compute_dtype
-from elasticzo.forward.state import Place, Start
+from elasticzo.forward.state import Attributes, Place, Start
 from elasticzo.forward.takeover import Locks, OtherPath
 from elasticzo.forward.watch import Watch
 from elasticzo.head import Kind
@@ -68,6 +68,18 @@ class Seen(NamedTuple):
     output: Any
     moved: list[BufferSlot]
     places: list[Place]
+
+
+@contextmanager
+def _unless_done(start: BufferSnapshot, attributes: Attributes | None) -> Iterator[None]:
+    """Buffers and attributes are put back where what follows raises."""
+    try:
+        with start.unless_done():
+            yield
+    except BaseException:
+        if attributes is not None:
+            attributes.restore()
+        raise
 
 
 class Engine(Evaluator):
@@ -164,16 +176,15 @@ class Engine(Evaluator):
         current = self.listened(self.new_pass(points), args, kwargs)
         attributes = None if current.attributes is None else current.attributes()
         try:
-            output = self._known_path(current, args, kwargs)
+            with _unless_done(start, attributes):
+                output = self._known_path(current, args, kwargs)
         except NotBySample as problem:
-            session.before.restore()
             raise ValueError(
                 f"{problem.layer.name!r} cannot tell samples apart: {problem.why}; it could in the "
                 "first forward"
             ) from None
         except UsesGenerator:
             self.mixes_generator = True
-            session.before.restore()
             raise RuntimeError(f"{DRAWS}; it did not before: repeat this step") from None
         if output is OTHER:
             start.restore()
@@ -182,8 +193,9 @@ class Engine(Evaluator):
             if current.started is not None:
                 set_generator_state(session.device, current.started)
             return self._first_run(points, args, kwargs)
-        session.flush()  # what this forward did not read
-        output, kept = self._kept(current, args, kwargs, output, generator)
+        with _unless_done(start, attributes):
+            session.flush()  # what this forward did not read
+            output, kept = self._kept(current, args, kwargs, output, generator)
         session.note_forward(current.batch, kept)
         return output
 

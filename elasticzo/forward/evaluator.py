@@ -182,10 +182,11 @@ class Evaluator:
         self.session.flush()
         buffers = BufferSnapshot(all_buffers(self.module))
         attributes = self._attributes()
-        output = self.evaluate(self.new_pass(CLEAN), args, kwargs)
-        attributes.restore()
-        buffers.restore()
-        return output
+        try:
+            return self.evaluate(self.new_pass(CLEAN), args, kwargs)
+        finally:
+            attributes.restore()
+            buffers.restore()
 
     def again(self, heard: Heard, here: slice, args: Any, kwargs: Any, listener: Listener) -> Any:
         """The forward of a clean pass once more, or of some of its samples; buffers and generators
