@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elasticzo.buffers import address
 from elasticzo.int8.layers import Block, Int8Layer, Pool, Two
+from elasticzo.int8.plain import check_plain
 from elasticzo.int8.tensor import quantize_weight
 from elasticzo.models.points import MaxPoints
 
@@ -27,7 +29,7 @@ class Int8Network:
             before it), ReLU, MaxPool2d, Flatten, Identity and MaxPoints. Only read.
         drop_biases: leave biases that are not zero out, also those that folding makes.
     Raises: TypeError that names an unsupported module; ValueError for settings or biases that
-        have no int8 counterpart.
+        have no int8 counterpart, and for what `check_plain` refuses.
     Warns: UserWarning that names the layers whose dropped biases have a root mean square above a
         quarter of the standard deviation of the layer's outputs. So large a shift of a ReLU's
         input turns up to a tenth of it on or off (a quarter of 0.4, the density of a normal at its
@@ -89,13 +91,23 @@ class Int8Network:
             block.flatten = True
 
 
+def _is_chain(module: nn.Module) -> bool:
+    """Whether it runs its children one after the other, and nothing else."""
+    return (
+        isinstance(module, nn.Sequential)
+        and type(module).forward is nn.Sequential.forward
+        and type(module).__iter__ is nn.Sequential.__iter__
+    )
+
+
 def _leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules that compute, in their order of execution."""
     seen: set[int] = set()
     owners: dict[int, str] = {}
 
     def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-        if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+        check_plain(name, module)
+        if _is_chain(module):
             for child, inner in module._modules.items():
                 assert inner is not None
                 yield from walk(inner, f"{name}.{child}" if name else child)
@@ -110,7 +122,7 @@ def _leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             raise ValueError(f"{name!r} is used twice: its weight would have two places")
         seen.add(id(module))
         for weight in module.parameters():
-            owner = owners.setdefault(id(weight), name)
+            owner = owners.setdefault(address(weight) or id(weight), name)
             if owner != name:
                 raise ValueError(f"{name!r} shares a weight with {owner!r}: int8 layers share none")
         yield name, module

@@ -56,6 +56,15 @@ def check_tail(cut: Cut, layers: Iterable[str]) -> None:
         )
 
 
+def check_trained(cut: Cut, trained: list[str]) -> None:
+    """A tail must have a weight that learns."""
+    if cut.tail_modules and not trained:
+        raise ValueError(
+            f"tail={cut.tail!r} has no weight that may be trained: all of them are frozen "
+            "(requires_grad=False); for Full ZO (no tail) use tail=0"
+        )
+
+
 def check_signs(signs: Any, queries: int) -> None:
     fits = isinstance(signs, Tensor) and signs.dtype == torch.int32
     if not fits or list(signs.shape) != [queries] or bool((signs.abs() > 1).any()):

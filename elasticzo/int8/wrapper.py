@@ -21,6 +21,7 @@ from elasticzo.int8.settings import (
     check_settings,
     check_state,
     check_tail,
+    check_trained,
 )
 from elasticzo.int8.tail import Int8Tail
 from elasticzo.int8.tensor import Int8Tensor, check_input
@@ -94,6 +95,7 @@ class ElasticZOInt8(ZOModule):
         head = [name for name in names if name in self.cut.head_parameters]
         tail = [name for name in names if name in self.cut.tail_parameters]
         warn_of_empty_head(head, self.cut)
+        check_trained(self.cut, tail)
         check_order(names, head, tail)
         self.head = self._weights(resolve_scale(head, scale))
         self.trained = self._weights(dict.fromkeys(tail, 1.0))
