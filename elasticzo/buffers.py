@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 BufferSlot = tuple[nn.Module, str]
-_NOT_READ = torch.zeros(0, dtype=torch.uint8)
+_NOT_READ = torch.zeros(0, dtype=torch.uint8, device="cpu")
 
 
 def address(t: Tensor) -> int:

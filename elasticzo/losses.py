@@ -188,8 +188,12 @@ def as_losses(losses: Any) -> Tensor:
     if callable(losses):
         raise TypeError("zo.step takes losses, not a closure")
     if not isinstance(losses, Tensor):
-        given = torch.as_tensor(losses)
-        losses = given if given.is_complex() else torch.as_tensor(losses, dtype=torch.float64)
+        given = torch.as_tensor(losses, device="cpu")
+        losses = (
+            given
+            if given.is_complex()
+            else torch.as_tensor(losses, dtype=torch.float64, device="cpu")
+        )
     if losses.is_complex():
         raise TypeError(f"losses must be real numbers, got {losses.dtype}")
     found: Tensor = losses.detach()

@@ -202,7 +202,7 @@ class Session:
     def go_to(self, seed: int, step: int) -> None:
         """Take the noise of another place: a checkpoint's, or a log's end."""
         self._seed = seed
-        self.key.copy_(torch.tensor([seed, step], dtype=torch.int64))
+        self.key.copy_(torch.tensor([seed, step], dtype=torch.int64, device="cpu"))
         self.forget()
 
     def saved(self) -> dict[str, Any]:
@@ -225,7 +225,9 @@ class Session:
         """Take the entries of a state."""
         for name, kept in self._kept.items():
             if kept.saved:
-                getattr(self, name).copy_(torch.tensor(state[kept.saved], dtype=kept.dtype))
+                getattr(self, name).copy_(
+                    torch.tensor(state[kept.saved], dtype=kept.dtype, device="cpu")
+                )
         learnt = state.get("learnt", {})
         self.learnt = {name: t.to(self.device, copy=True) for name, t in learnt.items()}
 

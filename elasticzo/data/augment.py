@@ -83,7 +83,7 @@ def augment_clouds(
 @lru_cache(maxsize=8)
 def _turns(degrees: float, device: torch.device) -> Tensor:
     """`[65536, 2]`: cosine and sine of angles that divide +-degrees evenly."""
-    share = (torch.arange(LEVELS, dtype=torch.float64) + 0.5) / LEVELS
+    share = (torch.arange(LEVELS, dtype=torch.float64, device="cpu") + 0.5) / LEVELS
     angle = torch.deg2rad((2.0 * share - 1.0) * degrees)
     return torch.stack([angle.cos(), angle.sin()], -1).float().to(device)
 
@@ -91,6 +91,6 @@ def _turns(degrees: float, device: torch.device) -> Tensor:
 @lru_cache(maxsize=8)
 def _normals(deviation: float, clip: float, device: torch.device) -> Tensor:
     """`[65536]`: quantiles of the normal distribution in the middle of equal shares."""
-    share = (torch.arange(LEVELS, dtype=torch.float64) + 0.5) / LEVELS
+    share = (torch.arange(LEVELS, dtype=torch.float64, device="cpu") + 0.5) / LEVELS
     quantiles: Tensor = deviation * torch.special.ndtri(share)
     return quantiles.clamp(-clip, clip).float().to(device)

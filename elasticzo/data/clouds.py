@@ -61,7 +61,7 @@ class CloudData:
         n = len(self.train_x)
         if not 1 <= n_valid <= n - 1:
             raise ValueError(f"n_valid must be in 1..{n - 1} ({n} training clouds), got {n_valid}")
-        valid = torch.zeros(n, dtype=torch.bool)
+        valid = torch.zeros(n, dtype=torch.bool, device="cpu")
         valid[torch.from_numpy(shuffled(n, seed)[:n_valid])] = True
         return replace(
             self,

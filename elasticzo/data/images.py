@@ -52,7 +52,7 @@ class ImageData:
     def _mean_std(self) -> tuple[float, float]:
         # From the counts of the 256 values: exact sums, whatever the number of pixels.
         counts = torch.bincount(self.train_x.reshape(-1), minlength=256).cpu().double()
-        values = torch.arange(256, dtype=torch.float64) / 255
+        values = torch.arange(256, dtype=torch.float64, device="cpu") / 255
         mean = (counts * values).sum() / counts.sum()
         variance = (counts * (values - mean).square()).sum() / counts.sum()
         return mean.item(), variance.sqrt().item()
@@ -99,7 +99,7 @@ class ImageData:
         n = len(self.train_x)
         if not 1 <= n_valid <= n - 1:
             raise ValueError(f"n_valid must be in 1..{n - 1} ({n} training images), got {n_valid}")
-        valid = torch.zeros(n, dtype=torch.bool)
+        valid = torch.zeros(n, dtype=torch.bool, device="cpu")
         valid[torch.from_numpy(shuffled(n, seed)[:n_valid])] = True
         return replace(
             self,

@@ -31,7 +31,7 @@ def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
     check_key(seed, epoch=epoch)
-    key = torch.tensor([seed, epoch], dtype=torch.int64)
+    key = torch.tensor([seed, epoch], dtype=torch.int64, device="cpu")
     words = sample([n], key, tensor=0, noise="bits", purpose="data")
     return words.argsort(stable=True)
 

@@ -182,7 +182,7 @@ def replayer(model: ZOModule, header: Mapping[str, Any]) -> Callable[[Mapping[st
     def make_again(record: Mapping[str, Any]) -> None:
         model.set_direction(Sparse(int(record["r_max"]), float(record["p_zero"])))
         zo.b_zo = int(record["b_zo"])
-        signs = torch.tensor(record["signs"], dtype=torch.int32).to(model.session.device)
+        signs = torch.tensor(record["signs"], dtype=torch.int32, device=model.session.device)
         if not model.cut.everything:
             zo.update_by(signs)
 

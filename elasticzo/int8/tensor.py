@@ -116,7 +116,7 @@ def quantize_weight(w: Tensor) -> Int8Tensor:
     exponent = ceil_log2(largest) - 7
     check_range("the exponent of a weight", exponent)
     q = torch.round(w * (LIMIT / largest)) if largest else w
-    return Int8Tensor(q.to(torch.int8), torch.tensor(exponent, dtype=torch.int32))
+    return Int8Tensor(q.to(torch.int8), torch.tensor(exponent, dtype=torch.int32, device="cpu"))
 
 
 def check_range(name: str, exponent: int) -> None:

@@ -85,11 +85,11 @@ def lstm_inside(func: Any, args: Any) -> tuple[int, int]:
 @lru_cache(maxsize=256)
 def _held(call: _Call, batch: int) -> tuple[int, int]:
     """The same of a batch of this size, by running it."""
-    x = torch.zeros(call.steps, batch, call.features, dtype=call.dtype)
+    x = torch.zeros(call.steps, batch, call.features, dtype=call.dtype, device="cpu")
     x = _laid_out(x, call.batch_major[0])
-    weights = [torch.zeros(shape, dtype=call.dtype) for shape in call.weights]
+    weights = [torch.zeros(shape, dtype=call.dtype, device="cpu") for shape in call.weights]
     reverse, sizes, mode, hidden, layers, biases, both, first, train = call.settings
-    h, c = (torch.zeros(batch, hidden, dtype=call.dtype) for _ in range(2))
+    h, c = (torch.zeros(batch, hidden, dtype=call.dtype, device="cpu") for _ in range(2))
     with torch.set_grad_enabled(call.recorded):
         given = (x, *weights, h, c, reverse, list(sizes), mode, hidden, layers, biases, both)
         output, *last, workspace = LSTM(*given, first, train)

@@ -94,7 +94,9 @@ def _is_description(x: Any) -> bool:
 
 def _zeros(described: Any, batch: int) -> Tensor:
     shape, strides, dtype, batched = described
-    t = torch.empty_strided((batch, *shape) if batched else shape, strides, dtype=dtype)
+    t = torch.empty_strided(
+        (batch, *shape) if batched else shape, strides, dtype=dtype, device="cpu"
+    )
     t.as_strided((t.untyped_storage().nbytes() // t.itemsize,), (1,)).zero_()
     return t
 

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from elasticzo.forward.draws import draws
 from elasticzo.memory.recurrent import LSTM, LSTM_OPS, lstm_inside
 from elasticzo.memory.scratch import SCRATCH_OPS, copies_inside, peak_inside
 
@@ -74,9 +75,9 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._reach(str(func), inside)
         result = func(*args, **kwargs)
         if func is LSTM:
-            result = (*result[:3], torch.empty(workspace, dtype=torch.uint8))
+            result = (*result[:3], torch.empty(workspace, dtype=torch.uint8, device="cpu"))
         copies = copies_inside(func, args) if self.device.type == "cpu" else 0
-        if _draws(func, args, kwargs):
+        if draws(func, args, kwargs):
             with unset_fake_temporarily():
                 torch.rand((), device=self.device)
         self.note(result, at=str(func))
@@ -120,19 +121,6 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         found, self.peak = self.peak, Peak()
         self._reach("", 0)
         return found
-
-
-def _draws(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether an op draws from torch's generator: attention has the tag without dropout, too."""
-    if torch.Tag.nondeterministic_seeded not in func.tags:
-        return False
-    given = dict(kwargs)
-    for i, wanted in enumerate(func._schema.arguments):
-        if i < len(args):
-            given[wanted.name] = args[i]
-        elif wanted.has_default_value():
-            given.setdefault(wanted.name, wanted.default_value)
-    return all(given.get(name) != 0.0 for name in ("dropout_p", "dropout"))
 
 
 def _drop(tracker: Any, place: int, _: Any) -> None:

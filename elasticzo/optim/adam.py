@@ -76,7 +76,7 @@ class ZOAdam(HeadOptimizer):
         state = self.state[p]
         step = state.get("step")
         if step is None:
-            step = torch.zeros((), dtype=torch.float32)
+            step = torch.zeros((), dtype=torch.float32, device=p.device)
         state["step"] = step.to(p.device)
         return super().state_of(p)
 

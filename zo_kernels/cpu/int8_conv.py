@@ -30,7 +30,7 @@ def int8_paired_conv2d(
     count, geo = stop - start, geometry(stride, padding, dilation)
     out = empty_output(x, w, count, shared, geo, pool, torch.int32)
     if out.numel() == 0:
-        return out, torch.zeros(count, dtype=torch.int32)
+        return out, torch.zeros(count, dtype=torch.int32, device="cpu")
     noise = Noise(key, tensor or 0, start, stop, p_zero, r_max)
     after = After(relu, WINDOWS if pool else 0)
     return out, convolution(x, w, out, noise, geo, shared, after)
@@ -54,8 +54,10 @@ def int8_paired_conv1d_max(
 ) -> tuple[Tensor, Tensor]:
     count, geo = stop - start, geometry((1, stride), (0, padding), (1, dilation))
     x, w = x.unsqueeze(2), w.unsqueeze(2)
-    acc = torch.empty((x.shape[0] * (count if shared else 1), w.shape[0]), dtype=torch.int32)
+    acc = torch.empty(
+        (x.shape[0] * (count if shared else 1), w.shape[0]), dtype=torch.int32, device="cpu"
+    )
     if acc.numel() == 0:
-        return acc, torch.zeros(count, dtype=torch.int32)
+        return acc, torch.zeros(count, dtype=torch.int32, device="cpu")
     noise, to = Noise(key, tensor or 0, start, stop, p_zero, r_max), acc.unsqueeze(2).unsqueeze(3)
     return acc, convolution(x, w, to, noise, geo, shared, After(relu, ALL))

@@ -27,9 +27,9 @@ def int8_paired_linear(
 ) -> tuple[Tensor, Tensor]:
     count, (features, depth) = stop - start, w.shape
     rows = x.shape[0] if shared else x.shape[0] // count
-    out = torch.empty((count * rows, features), dtype=torch.int32)
+    out = torch.empty((count * rows, features), dtype=torch.int32, device="cpu")
     if out.numel() == 0 or depth == 0:
-        return out.zero_(), torch.zeros(count, dtype=torch.int32)
+        return out.zero_(), torch.zeros(count, dtype=torch.int32, device="cpu")
     noise = Noise(key, tensor or 0, start, stop, p_zero, r_max)
     wide = min(rows, SAMPLES)
     images = -(-rows // wide)

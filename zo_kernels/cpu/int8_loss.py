@@ -16,7 +16,7 @@ def integer_cross_entropy(
     logits: Tensor, exponent: Tensor, target: Tensor, *, fraction_bits: int = 12
 ) -> Tensor:
     check_target(target, logits.shape[2])
-    losses = torch.empty(logits.shape[0], dtype=torch.int64)
+    losses = torch.empty(logits.shape[0], dtype=torch.int64, device="cpu")
     logits, exponent, target = logits.contiguous(), exponent.contiguous(), target.contiguous()
     where = (logits.numpy(), exponent.numpy(), target.numpy())
     cross_entropy(*where, fraction_bits, losses.numpy())
@@ -37,9 +37,11 @@ def integer_softmax_error(
     halves, batch, classes = logits.shape
     check_target(target, classes)
     noise = rounding_words((batch, classes), key, rounding, tensor, query, sample)
-    words = (torch.empty((0, 0), dtype=torch.int64) if noise is None else noise).numpy()
-    out = torch.empty(logits.shape, dtype=torch.int8)
+    words = (
+        torch.empty((0, 0), dtype=torch.int64, device="cpu") if noise is None else noise
+    ).numpy()
+    out = torch.empty(logits.shape, dtype=torch.int8, device="cpu")
     logits, exponent, target = logits.contiguous(), exponent.contiguous(), target.contiguous()
     where = (logits.numpy(), exponent.numpy(), target.numpy())
     softmax_error(*where, fraction_bits, ROUNDINGS[rounding], words, out.numpy())
-    return out, torch.full((halves,), ERROR_EXPONENT, dtype=torch.int32)
+    return out, torch.full((halves,), ERROR_EXPONENT, dtype=torch.int32, device="cpu")

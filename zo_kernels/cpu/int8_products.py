@@ -57,11 +57,11 @@ def _runs(
 
 def empty(shape: int | tuple[int, ...], dtype: torch.dtype = torch.int32) -> Any:
     """Scratch from torch's allocator, where memory is counted, as an array."""
-    return torch.empty(shape, dtype=dtype).numpy()
+    return torch.empty(shape, dtype=dtype, device="cpu").numpy()
 
 
 def zeros(shape: int | tuple[int, ...], dtype: torch.dtype = torch.int32) -> Any:
-    return torch.zeros(shape, dtype=dtype).numpy()
+    return torch.zeros(shape, dtype=dtype, device="cpu").numpy()
 
 
 def _packed(w: Tensor, noise: Noise, together: int, runs: int, length: int) -> tuple[Any, Any]:

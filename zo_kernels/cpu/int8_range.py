@@ -13,13 +13,13 @@ from zo_kernels.int8 import ROUNDINGS, dense, half_shape
 from zo_kernels.reference.integer import rounding_words
 
 NO_WORDS = np.zeros(0, np.int64)
-ZERO = torch.zeros(1, dtype=torch.int32)
+ZERO = torch.zeros(1, dtype=torch.int32, device="cpu")
 
 
 def int8_range(acc: Tensor, *, halves: int | None = None) -> Tensor:
     flat = memory_of(acc if dense(acc) else acc.contiguous())
     parts = flat.reshape(halves or 1, acc.numel() // (halves or 1))
-    bits = torch.tensor([range_flat(part) for part in parts], dtype=torch.int32)
+    bits = torch.tensor([range_flat(part) for part in parts], dtype=torch.int32, device="cpu")
     return bits.squeeze(0) if halves is None else bits
 
 
@@ -42,7 +42,7 @@ def int8_requantize(
     words = NO_WORDS if noise is None else noise.contiguous().view(-1).numpy()
     source = acc if dense(acc) and noise is None else acc.contiguous()
     q = torch.empty_like(source, dtype=torch.int8)
-    total = torch.empty(() if halves is None else (halves,), dtype=torch.int32)
+    total = torch.empty(() if halves is None else (halves,), dtype=torch.int32, device="cpu")
     # Kept here until the call is over; an expanded exponent has one place for all halves.
     exponents = [ZERO if t is None else t.contiguous() for t in (bits, exponent, weight_exponent)]
     requantize_flat(

@@ -50,7 +50,7 @@ def int8_conv2d_max_pool(
     acc = empty_output(x, w, halves, False, geo, True, torch.int32)
     places = torch.empty_like(acc, dtype=torch.uint8)
     if acc.numel() == 0:
-        return acc, torch.zeros(halves, dtype=torch.int32), places
+        return acc, torch.zeros(halves, dtype=torch.int32, device="cpu"), places
     noise, after = Noise(None, 0, 0, halves, 0.0, 1), After(relu, WINDOWS, places)
     return acc, convolution(x, w, acc, noise, geo, False, after), places
 
@@ -69,7 +69,8 @@ def _places(
     columns = range(0, grid[2], 4)
     steps = [h * geo.stride[0] * width + j for h in range(grid[1]) for j in columns]
     outputs, apart = (channels, plane) if single else (kernel[1], geo.dilation[1])
-    return torch.tensor(lines).numpy(), torch.tensor(steps).numpy(), outputs, apart
+    places = [torch.tensor(each, device="cpu").numpy() for each in (lines, steps)]
+    return places[0], places[1], outputs, apart
 
 
 def int8_conv2d_gradient(
@@ -84,7 +85,7 @@ def int8_conv2d_gradient(
     geo, (kh, kw) = geometry(stride, padding, dilation), kernel_size(kernel)
     size, grid = tuple(x.shape[1:]), tuple(error.shape[1:])
     if x.numel() == 0:
-        return torch.zeros((grid[0], size[0], kh, kw), dtype=torch.int32)
+        return torch.zeros((grid[0], size[0], kh, kw), dtype=torch.int32, device="cpu")
     if geo.stride[1] != 1:  # the four pixels of a step are no neighbours
         rows = error.permute(0, 2, 3, 1).flatten(0, 2)
         sums, _ = int8_matmul(patches(x, (kh, kw), geo), rows)
@@ -101,7 +102,7 @@ def int8_conv2d_gradient(
         correlate(*given, lines, offsets, *found, (first, end))
         return sums, totals
 
-    out = torch.zeros((grid[0], size[0], kh, kw), dtype=torch.int32)
+    out = torch.zeros((grid[0], size[0], kh, kw), dtype=torch.int32, device="cpu")
     walk = (len(lines), outputs, *((1, kh) if kw == 1 else (outputs, 1)))
     for sums, totals in over_images(len(x), error.numel() * size[0] * kh * kw, job):
         collect(sums, totals, walk, out.view(grid[0], -1).numpy())
@@ -112,7 +113,7 @@ def int8_unpool(error: Tensor, places: Tensor, size: Sequence[int]) -> Tensor:
     images, channels, height, width = error.shape
     if error.numel() == 0:
         return error.new_zeros((images, channels, *size))
-    even = torch.empty((images, channels, 2 * height, 2 * width), dtype=torch.int8)
+    even = torch.empty((images, channels, 2 * height, 2 * width), dtype=torch.int8, device="cpu")
     words = even.view(-1).view(torch.uint16).numpy()
     flat = (error.contiguous().view(-1).numpy(), places.contiguous().view(-1).numpy())
     unpool(*flat, images * channels * height, width, words)

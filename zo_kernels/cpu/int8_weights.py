@@ -55,7 +55,7 @@ def int8_perturbed_weights(
     halves = out
     if source is None or target is None:
         w = w.contiguous()
-        halves = torch.empty(out.shape, dtype=torch.int8)
+        halves = torch.empty(out.shape, dtype=torch.int8, device="cpu")
         source = target = layout_of(w)
         assert source is not None and target is not None
     groups = source.rows * groups_per_row(source.cols, "sparse_int8")

@@ -29,10 +29,10 @@ def sample(
     per_row = groups_per_row(cols, noise)
     first, groups, lanes = first_row * per_row, rows * per_row, PER_CALL[noise]
     if noise in KINDS:
-        z = torch.empty(groups * lanes, dtype=torch.float32)
+        z = torch.empty(groups * lanes, dtype=torch.float32, device="cpu")
         fill_float(z.numpy(), KINDS[noise], first, groups, *words)
     else:
-        z = torch.empty(groups * lanes, dtype=torch.int64)
+        z = torch.empty(groups * lanes, dtype=torch.int64, device="cpu")
         kind = BITS if noise == "bits" else SPARSE
         fill_int(z.numpy(), kind, first, groups, p0, r_max, *words)
     z = z.view(rows, per_row * lanes)[:, :cols]

@@ -56,7 +56,7 @@ def stage_(
             continue
         elif walk is None or not _as_weight(out, w):
             # The same sweep over contiguous copies: the memory format does not show in the bits.
-            halves = torch.empty(out.shape)
+            halves = torch.empty(out.shape, dtype=w.dtype, device="cpu")
             walk = walk_of(w.shape, halves[0].stride(), noise)
             assert walk is not None
             sweep_halves(halves, w.contiguous(), walk, key, eps, *span)

@@ -31,12 +31,16 @@ def perturbed_weights(
     walk = walk_of(w.shape, w.stride(), noise)
     if walk is None or not (walk.contiguous or walk.dense):
         # The same sweep over contiguous copies: the memory format does not show in the bits.
-        halves = torch.empty((count, *w.shape))
+        halves = torch.empty((count, *w.shape), dtype=w.dtype, device="cpu")
         walk = walk_of(halves.shape[1:], halves.stride()[1:], noise)
         assert walk is not None
         sweep_halves(halves, w.contiguous(), walk, key, eps, tensor, start, stop, scale)
         return empty_halves(w, count, dtype).copy_(halves)
-    out = torch.empty((count, *w.shape)) if walk.contiguous else empty_halves(w, count, dtype)
+    out = (
+        torch.empty((count, *w.shape), dtype=w.dtype, device="cpu")
+        if walk.contiguous
+        else empty_halves(w, count, dtype)
+    )
     sweep_halves(out, w, walk, key, eps, tensor, start, stop, scale)
     return out
 
@@ -90,7 +94,7 @@ def _from_noise(
     """Other dtypes: fast noise, the reference's arithmetic."""
     out = empty_halves(w, stop - start, dtype)
     wide = compute_dtype(w)
-    amplitude = eps.to(wide) * torch.tensor(scale, dtype=wide)
+    amplitude = eps.to(wide) * torch.tensor(scale, dtype=wide, device="cpu")
     for query in range(start // 2, (stop + 1) // 2):
         z = sample(w.shape, key, tensor=tensor, query=query, noise=noise)
         write_halves(out, w, amplitude, start, query, z)
