@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from elasticzo.buffers import all_buffers, generator_state
+from elasticzo.forward.draws import noticing
 from elasticzo.losses import pair_losses
 from elasticzo.optim import HeadOptimizer
 from elasticzo.optim.tail import check_of
@@ -109,17 +110,18 @@ class CapturedStep:
 
     def _rehearse(self, device: torch.device, warmup: int) -> None:
         """Real steps, undone by the caller: they verify the model, compile kernels, fill caches."""
-        before = generator_state(device)
-        if device.type != "cuda":
-            self.losses = self._step()
-        else:
-            side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            side.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(side):
-                for _ in range(max(warmup, 1)):
-                    self.losses = self._step()
-            torch.cuda.current_stream(device).wait_stream(side)
-        if self.model.engine.mixes_generator or not torch.equal(before, generator_state(device)):
+        with noticing(device) as drew:
+            if device.type != "cuda":
+                self.losses = self._step()
+            else:
+                side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+                side.wait_stream(torch.cuda.current_stream(device))
+                with torch.cuda.stream(side):
+                    for _ in range(max(warmup, 1)):
+                        self.losses = self._step()
+                torch.cuda.current_stream(device).wait_stream(side)
+            draws = self.model.engine.mixes_generator or drew()
+        if draws:
             names = ", ".join(_drawing_modules(self.model.module, self._inputs)) or "the model"
             raise RuntimeError(
                 f"a captured step would repeat the same random numbers: {names} draws from torch's "

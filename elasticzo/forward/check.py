@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from elasticzo.forward.engine import Engine
-from elasticzo.forward.state import Start
 from elasticzo.points import Points
 
 # Large, so that rows of different halves that meet do not agree by accident: with a small eps the
@@ -105,7 +104,7 @@ def _record(
 ) -> dict[Record, list[Tensor]]:
     """Outputs of one pass; everything it moves is put back."""
     session, wanted = engine.session, engine.pairing
-    start = Start(engine.module, session.device)
+    start = engine.start()
     recorder = _Recorder(engine)
     with ExitStack() as stack:
         stack.callback(start.restore)

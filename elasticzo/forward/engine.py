@@ -25,6 +25,7 @@ from elasticzo.buffers import (
     set_generator_state,
 )
 from elasticzo.forward.doubts import Doubts
+from elasticzo.forward.draws import DRAWS, alone
 from elasticzo.forward.evaluator import Evaluator
 from elasticzo.forward.halves import (
     KeepsState,
@@ -46,10 +47,6 @@ from elasticzo.forward.watch import Watch
 from elasticzo.head import Kind
 from elasticzo.points import Points
 
-DRAWS = (
-    "the model draws from torch's generator outside nn.Dropout; its halves run one after the other "
-    "from the same generator state"
-)
 STATE = (
     "the model keeps state in {}, which its next forward reads; its halves run one after the other "
     "from the same state, and leave that of the last"
@@ -135,6 +132,10 @@ class Engine(Evaluator):
         training = tuple(m.training for m in self._known)
         return training, computed_in, torch.is_grad_enabled()
 
+    def start(self) -> Start:
+        """Where the module stands."""
+        return Start(self.module, self.session.device, lambda: self.noticed)
+
     # ---- forwards
 
     def run(self, points: Points, args: Any, kwargs: Any) -> Any:
@@ -148,7 +149,7 @@ class Engine(Evaluator):
     def settle_on(self, points: Points, args: Any, kwargs: Any) -> None:
         """What the first forward settles, of these inputs; all that it moves is put back."""
         session = self.session
-        start = Start(self.module, session.device)
+        start = self.start()
         try:
             with session.untouched():
                 session.forget()
@@ -183,14 +184,13 @@ class Engine(Evaluator):
                 f"{problem.layer.name!r} cannot tell samples apart: {problem.why}; it could in the "
                 "first forward"
             ) from None
-        except UsesGenerator:
-            self.mixes_generator = True
-            raise RuntimeError(f"{DRAWS}; it did not before: repeat this step") from None
+        except UsesGenerator:  # the model began to, or another thread does: who is to be seen
+            self.drawn, output = True, OTHER
         if output is OTHER:
             start.restore()
             if attributes is not None:
                 attributes.restore()
-            if current.started is not None:
+            if current.started is not None and alone():
                 set_generator_state(session.device, current.started)
             return self._first_run(points, args, kwargs)
         with _unless_done(start, attributes):
@@ -220,7 +220,7 @@ class Engine(Evaluator):
         """A training forward under observation; its output, once the plan has settled."""
         session = self.session
         session.flush()
-        start, undo = Start(self.module, session.device), self.plan.saved(self.head)
+        start, undo = self.start(), self.plan.saved(self.head)
         moving, self.moving, self.watching = self.moving, all_buffers(self.module), True
         try:
             current, output, moved, places = self._settled_by(points, args, kwargs, start)
@@ -231,6 +231,7 @@ class Engine(Evaluator):
         finally:
             self.moving, self.watching = moving, False
         self.settle(moved, places, frozenset(current.ran))
+        self.drawn |= not torch.equal(start.generator, generator_state(session.device))
         session.keep_before(start.buffers.only(self.moving))
         output, kept = self._kept(current, args, kwargs, output, start.generator)
         session.note_forward(current.batch, kept)
@@ -265,11 +266,11 @@ class Engine(Evaluator):
         current.parts = Parts()
         stacked = self.effective_pairing == "stacked" and len(points) > 1
 
-        def alone(inputs: Any) -> Parts:
+        def one(inputs: Any) -> Parts:
             return self._alone(points.one(0), *inputs)
 
         def doubts(places: Sequence[Place] = ()) -> Doubts:
-            of = (current, self.plan, self.head, self.module, start, places, alone)
+            of = (current, self.plan, self.head, self.module, start, places, one)
             return Doubts(*of, (args, kwargs))
 
         try:

@@ -19,12 +19,11 @@ from elasticzo.buffers import (
     BufferSnapshot,
     address,
     all_buffers,
-    generator_state,
-    set_generator_state,
 )
 from elasticzo.cut import Cut
 from elasticzo.directions import Direction
 from elasticzo.feedback import Feedback
+from elasticzo.forward.draws import Draws, alone, from_state
 from elasticzo.forward.halves import (
     each_half,
     run_stacked,
@@ -67,6 +66,8 @@ class Evaluator:
         compiled: whether torch.compile traces around the layers.
         draws: whether a forward draws from the generators of Python or numpy.
         watching: whether a first forward runs.
+        drawn: whether anyone drew from torch's generator during a forward: beside other threads it
+            is seen who. noticed: by whom, of the last pass.
         current: the pass that runs.
     """
 
@@ -100,7 +101,8 @@ class Evaluator:
         self.residual: dict[str, Tensor] = {}
         self.moving: list[BufferSlot] = []
         self.places: list[Place] = []
-        self.watching = self.draws = False
+        self.watching = self.draws = self.drawn = False
+        self.noticed: Draws | None = None
         self.mixes_generator = self.keeps_state = self.compiled = False
         self.shares = True
         self.current: Pass | None = None
@@ -133,6 +135,8 @@ class Evaluator:
         for head, p in weights:
             refuse_sharded(head.name, p)
         backend, kinds = resolve_backend(self._backend, session.device), self.head.kinds
+        looks = self.watching or self.drawn or self.feedback is not None
+        self.noticed = Draws(session.device) if looks and not alone() else None
         return Pass(
             Staging(session, weights, kinds, self.direction, self.samples, points, backend),
             session.forwards,
@@ -145,6 +149,7 @@ class Evaluator:
             kinds=kinds,
             first=session.samples,
             shares=self.shares,
+            draws=self.noticed,
         )
 
     @contextmanager
@@ -164,6 +169,8 @@ class Evaluator:
         current.batch = samples_of((args, kwargs))
         with ExitStack() as stack:
             stack.enter_context(self._taken_over(current))
+            if current.draws is not None:
+                stack.enter_context(current.draws)
             if self.effective_pairing == "stacked" and n > 1:
                 stacked, current.unbatched, current.batched = stack_inputs((args, kwargs), n)
                 return unstack_outputs(run_stacked(self.module, current, *stacked), n)
@@ -193,19 +200,17 @@ class Evaluator:
         stay as they are."""
         device = self.session.device
         args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
-        buffers, generator = BufferSnapshot(self.moving), None
+        buffers = BufferSnapshot(self.moving)
         current = self.new_pass(CLEAN)
         current.micro_batch, current.listener = heard.micro_batch, listener
         current.offset = here.start or 0
         current.first = heard.first + current.offset
-        if heard.generator is not None:
-            generator = generator_state(device)
-            set_generator_state(device, heard.generator)
         autocast, on = heard.autocast, heard.autocast is not None
         try:
-            with torch.autocast(device.type, dtype=autocast, enabled=on):
+            with (
+                from_state(device, heard.generator),
+                torch.autocast(device.type, dtype=autocast, enabled=on),
+            ):
                 return self.evaluate(current, args, kwargs)
         finally:
             buffers.restore()
-            if generator is not None:
-                set_generator_state(device, generator)

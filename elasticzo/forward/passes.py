@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from elasticzo.buffers import BufferSlot
+from elasticzo.forward.draws import Draws
 from elasticzo.forward.parts import Parts
 from elasticzo.forward.staging import Staging
 from elasticzo.forward.state import Attributes
@@ -130,6 +131,7 @@ class Pass:
     calls: dict[tuple[int, int | None], int] = field(default_factory=dict)
     generator_state: Tensor | None = None
     started: Tensor | None = None  # the generator's state before anything ran
+    draws: Draws | None = None  # where others may draw, too: what this thread draws
     follow: Follow | None = None
     # Of learning by sample: a sample's direction, whose noise a weight has, how many samples this
     # forward has, the number of the first, and what layers keep for the step.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,7 @@ from elasticzo.buffers import (
     has_values,
     set_generator_state,
 )
+from elasticzo.forward.draws import Draws, alone
 
 Place = tuple[nn.Module, str]  # an attribute of a module
 # What torch keeps there, and takes care of.
@@ -173,10 +174,16 @@ def _write(value: Any, copy: Any) -> None:
 
 
 class Start:
-    """Where a forward starts from, so that it can start again."""
+    """Where a forward starts from, so that it can start again.
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self.model, self.device = model, device
+    Args:
+        noticed: beside other threads, what was seen of the draws since.
+    """
+
+    def __init__(
+        self, model: nn.Module, device: torch.device, noticed: Callable[[], Draws | None]
+    ) -> None:
+        self.model, self.device, self._noticed = model, device, noticed
         self.buffers = BufferSnapshot(all_buffers(model))
         self.attributes = Attributes(model.modules())
         self.generator = generator_state(device)
@@ -187,13 +194,15 @@ class Start:
         self.rewind()
 
     def rewind(self) -> None:
-        """The generator alone."""
-        set_generator_state(self.device, self.generator)
+        """The generator alone; where another thread may draw, only what this one drew."""
+        draws = self._noticed()
+        if alone() or (draws is not None and draws.alone_moved()):
+            set_generator_state(self.device, self.generator)
 
     @contextmanager
     def again(self) -> Iterator[None]:
         """Forwards in here start where this one did; afterwards all is as it left it."""
-        after = Start(self.model, self.device)
+        after = Start(self.model, self.device, self._noticed)
         self.restore()
         try:
             yield

@@ -323,9 +323,8 @@ def test_a_generator_that_is_used_later() -> None:
     model, x = ElasticZO(net, tail=0, eps=1e-6).train(), torch.randn(2, 4)
     model(x)
     net.draws = True
-    with pytest.raises(RuntimeError, match="it did not before: repeat this step"):
-        model(x)
-    out = model(x)
+    with pytest.warns(UserWarning, match="draws from torch's generator"):
+        out = model(x)
     torch.testing.assert_close(out[0], out[1], rtol=1e-3, atol=1e-4)
 
 

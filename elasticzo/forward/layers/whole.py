@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from elasticzo.buffers import generator_state
-from elasticzo.forward.halves import NotByHalf, check_generator, each_half
+from elasticzo.forward.halves import NotByHalf, check_generator, each_half, look
 from elasticzo.forward.passes import Layer, Pass
 from elasticzo.forward.precision import compute_dtype
 from elasticzo.forward.trees import first_tensor, join, same_plain, split_half
@@ -77,12 +76,11 @@ def run_whole(
         with _swapped(current, layer):
             return forward(*a, **k)
 
-    device = current.key.device
     if current.generator_state is not None:
         check_generator(current)
     outputs = each_half(current, slots, run)
     if current.generator_state is not None:
-        current.generator_state = generator_state(device)
+        look(current)
     return _join_outputs(layer, outputs, (args, kwargs), current.halves)
 
 
