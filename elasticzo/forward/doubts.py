@@ -28,6 +28,7 @@ from elasticzo.forward.trees import same_values
 from elasticzo.head import BY_SAMPLE, Head
 
 Alone = Callable[[Any], Parts]  # the first point on these inputs, and what its layers read
+FEW = 4  # samples of which a half is no batch
 FINER = 16.0  # how much smaller the second perturbation is by which a jump is told from a bend
 JUMPS = (
     "the parametrisation of {!r} ({}) jumps where its parameters move by eps={:g}: the perturbed "
@@ -95,15 +96,19 @@ class Doubts:
             )
 
     def _check_samples(self, alone: Parts) -> None:
-        """What does not have the samples in front does not grow as they do; where the model runs
-        at one size of batch alone, it stays as it is while they take other places."""
+        """What does not have the samples in front is not as many fewer as they are (fewer, so that
+        a first step needs no more memory); where the model runs at one size of batch alone, it
+        stays as it is while they take other places."""
         batch = self.current.batch
         if batch is None:
             return
         self.start.restore()
         try:
-            longer = self.alone(self._of_samples(lambda t: torch.cat([t, t])))
-            found = set(alone.without_rows(longer, batch))
+            if batch < FEW:
+                size, other = 2 * batch, self._of_samples(lambda t: torch.cat([t, t]))
+            else:
+                size, other = batch // 2, self._of_samples(lambda t: t[: batch // 2])
+            found = set(alone.without_rows(self.alone(other), batch, size))
         except NotBySample:
             raise
         except Exception:

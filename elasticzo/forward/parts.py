@@ -76,15 +76,16 @@ class Parts:
             if len(found) != len(prints) or not all(map(Print.same, prints, found)):
                 yield at[0]
 
-    def without_rows(self, longer: Parts, rows: int) -> Iterator[str]:
-        """Names of layers whose first tensor does not grow by `rows` rows where the batch does."""
+    def without_rows(self, other: Parts, rows: int, size: int) -> Iterator[str]:
+        """Names of layers whose first tensor has not `rows` rows, or not `size` in another pass,
+        as the batches of both have."""
         for at, prints in self.seen.items():
-            found = longer.seen.get(at, [])
+            found = other.seen.get(at, [])
             if not prints or not found:
                 continue
             one, more = prints[0], found[0]
-            grown = more.shape[:1] == (one.shape[0] + rows,) and more.shape[1:] == one.shape[1:]
-            if one.shape[0] != rows or not grown:
+            same = more.shape[:1] == (size,) and more.shape[1:] == one.shape[1:]
+            if one.shape[0] != rows or not same:
                 yield at[0]
 
     def stay(self, moved: Parts, rows: int) -> Iterator[str]:
