@@ -82,7 +82,7 @@ class Session:
             setattr(self, name, None)
         for name, kept in self._kept.items():
             setattr(self, name, torch.tensor(kept.value, dtype=kept.dtype, device=device))
-        self._seed, self._eps = seed, eps
+        self._seed, self._eps, self._start = seed, eps, 0
         self.key[0] = seed
         if eps is not None:
             self.eps.fill_(eps)
@@ -101,6 +101,11 @@ class Session:
         """eps as the host knows it."""
         assert self._eps is not None
         return self._eps
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the run has steps behind it, here or where it was saved."""
+        return self.stepped or self._start > 0
 
     @property
     def device(self) -> torch.device:
@@ -201,7 +206,7 @@ class Session:
 
     def go_to(self, seed: int, step: int) -> None:
         """Take the noise of another place: a checkpoint's, or a log's end."""
-        self._seed = seed
+        self._seed, self._start = seed, step
         self.key.copy_(torch.tensor([seed, step], dtype=torch.int64, device="cpu"))
         self.forget()
 

@@ -261,7 +261,7 @@ class Engine(Evaluator):
 
     def _observed(self, points: Points, args: Any, kwargs: Any, start: Start) -> Seen | None:
         """One forward under observation; None where it changed the plan."""
-        watch = Watch(self.head)
+        watch = Watch(self.head, self.session.goes_on)
         current = self.listened(self.new_pass(points, watch), args, kwargs)
         current.parts = Parts()
         stacked = self.effective_pairing == "stacked" and len(points) > 1

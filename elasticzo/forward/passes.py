@@ -200,9 +200,13 @@ class Pass:
             self.watch.consume(head)
             halves = self.staging.weights(w, head, dtype)
             if self.staging.perturbs and head.scale != 0.0:
-                rounded = halves.to(computed_in or halves.dtype)
-                self.watch.check_perturbed(w, rounded, head, self.staging.eps, self.precision)
+                self._check_perturbed(w, head, computed_in or halves.dtype)
             return halves
+
+    def _check_perturbed(self, w: Tensor, head: HeadParameter, dtype: torch.dtype) -> None:
+        assert self.watch is not None
+        noise = self.samples.noise if self.kinds[head.name].name == "rank1" else self.staging.noise
+        self.watch.check_perturbed(w, dtype, head, self.staging.eps, noise, self.precision)
 
     def note_fused(self, w: Tensor, head: HeadParameter, dtype: torch.dtype | None) -> None:
         """A kernel is about to read `w` and to perturb it itself."""
@@ -210,9 +214,7 @@ class Pass:
         if self.watch is not None:
             self.watch.consume(head)
             if head.scale != 0.0:
-                at = (self.key, self.staging.eps, self.staging.points, dtype, self.backend)
-                halves = self.staging.direction.weights(head, w, *at)
-                self.watch.check_perturbed(w, halves, head, self.staging.eps, self.precision)
+                self._check_perturbed(w, head, dtype or w.dtype)
 
     def note_noise(self, layer: Layer, before: Tensor, after: Tensor) -> None:
         """Noise was added to the outputs of a layer."""

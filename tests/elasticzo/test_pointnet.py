@@ -60,7 +60,7 @@ def test_each_half_is_normalised_by_itself() -> None:
     model = ElasticZO(net, 2, eps=1e-2, seed=3, noise="rademacher")
     stacked = model(x).detach()
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    apart = ElasticZO(net, 2, eps=1e-2, seed=3, noise="rademacher", pairing="sequential")
+    apart = ElasticZO(model.unwrap(), 2, eps=1e-2, seed=3, noise="rademacher", pairing="sequential")
     torch.testing.assert_close(apart(x).detach(), stacked, rtol=1e-4, atol=1e-4)
     moved = [k for k in before if "num_batches" in k]
     assert len(moved) == 7

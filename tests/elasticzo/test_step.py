@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elasticzo import ZOSGD, ElasticZO, TrajectoryLog, pair_losses, replay
+from elasticzo import ZOSGD, ElasticZO, TrajectoryLog, pair_losses, replay, unwrap
 from elasticzo.models import LeNet5, ResNet20
 from tests.elasticzo.zoo import smooth_loss
 from zo_kernels import sample
@@ -72,7 +72,7 @@ def test_a_step_equals_the_one_computed_by_hand(queries: int, noise: str) -> Non
 def test_the_estimate_is_unbiased() -> None:
     """E[g z] = grad + O(eps^2) over n = 20,000 directions; every component within 5 sigma."""
     model, x = toy(eps=1e-4, queries=100)
-    exact = ElasticZO(copy.deepcopy(model.module), tail="all")
+    exact = ElasticZO(unwrap(copy.deepcopy(model.module)), tail="all")
     exact.module.a.weight.requires_grad_(True)
     gradient = torch.autograd.grad(smooth_loss(exact.module(x)), exact.module.a.weight)[0]
     estimates = []
