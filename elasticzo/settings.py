@@ -145,18 +145,6 @@ def refuse_scripted(model: nn.Module) -> None:
             )
 
 
-def refuse_overlap(name: str, p: Tensor) -> None:
-    """Raise for a weight whose elements share memory: each update of one would move the others."""
-    reach = 0  # the last element of the dimensions before, smaller strides first
-    for stride, size in sorted(zip(p.stride(), p.shape, strict=True)):
-        if size > 1 and p.numel() and stride <= reach:
-            raise ValueError(
-                f"elements of head parameter {name!r} share memory (strides {list(p.stride())} of "
-                f"shape {list(p.shape)}): make it a tensor of its own, nn.Parameter(p.clone())"
-            )
-        reach += stride * (size - 1)
-
-
 class NotForDDP:
     """What DistributedDataParallel iterates over when it is built; others may look at it."""
 

@@ -24,6 +24,7 @@ from elasticzo.memory.budget import Candidate, fit_tail
 from elasticzo.module import ZOModule, load_inside, loaded
 from elasticzo.optim.replay import replayer
 from elasticzo.optim.tail import tail_optimizer
+from elasticzo.overlap import check_apart
 from elasticzo.ownership import check_free, check_held, freeze, unwrap
 from elasticzo.points import CLEAN
 from elasticzo.session import Session
@@ -123,6 +124,7 @@ class ElasticZO(ZOModule):
         self.cut = resolve_cut(model, tail)
         warn_of_empty_head(self.cut.head_parameters, self.cut)
         self.head = head_of(model, self.cut, scale)
+        check_apart(model, self.head.named())
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.session = Session(seed, eps, device)
         learnt = None if self.cut.everything else learnt

@@ -29,7 +29,8 @@ from elasticzo.head import (
     resolve_scale,
     slots_of,
 )
-from elasticzo.settings import refuse_overlap, refuse_scripted
+from elasticzo.overlap import refuse_overlap
+from elasticzo.settings import refuse_scripted
 from zo_kernels.paths import PATHS
 from zo_kernels.registry import WEIGHT_DTYPES
 

@@ -23,6 +23,7 @@ ASKS = (
     *("__len__", "__hash__", "__repr__", "result_type", "can_cast", "broadcast_shapes"),
 )
 VIEWS = ("data", "T", "mT", "H", "mH", "real", "imag")
+ENOUGH = 1 << 14  # elements, to see whether half of a weight moves
 MEDIAN = {"normal": 0.6745, "rademacher": 1.0}  # of |z|
 
 
@@ -96,17 +97,19 @@ class Watch:
     ) -> None:
         """Refuse an eps that rounding to the compute dtype swallows.
 
-        A perturbation of the median |z| decides, so that the draw of this step does not.
+        A perturbation of the median |z| decides, so that the draw of this step does not; of large
+        weights, elements all over it.
         """
+        looked = w.detach().reshape(-1)[:: (w.numel() // ENOUGH) | 1]
         tf32 = precision == "tf32" and w.dim() > 1 and dtype == torch.float32
-        wide, named = w.detach().to(torch.promote_types(w.dtype, torch.float32)), str(dtype)
+        wide, named = looked.to(torch.promote_types(w.dtype, torch.float32)), str(dtype)
         typical = (eps * (head.scale * MEDIAN[noise])).to(wide.dtype)
         still, plus, minus = (t.to(dtype) for t in (wide, wide + typical, wide - typical))
         if tf32:
             still, plus, minus = (_tf32(t) for t in (still, plus, minus))
             named = "tf32"
         moves = torch.count_nonzero(still != plus) + torch.count_nonzero(still != minus)
-        if w.numel() and has_values(moves) and moves < w.numel():
+        if looked.numel() and has_values(moves) and moves < looked.numel():
             self._swallowed(
                 f"eps={float(eps):g} (scale {head.scale:g}) vanishes in {named} for "
                 f"{head.name!r}: more than half of its elements do not move; use a larger eps or a "

@@ -23,6 +23,7 @@ from elasticzo.optim.groups import (
 from elasticzo.optim.header import describe_head, first_weights
 from elasticzo.optim.numbers import DeviceNumbers, reach
 from elasticzo.optim.step import Log, Step
+from elasticzo.overlap import check_apart
 from elasticzo.session import REPLACED, Pending
 from elasticzo.settings import check_saved
 from zo_kernels import RULES
@@ -72,6 +73,7 @@ class HeadOptimizer(Step, torch.optim.Optimizer):  # type: ignore[misc]  # of `s
         super().__init__(complete_groups(model, groups, defaults), defaults)
         self._check_numbers(self.param_groups)
         self._known = {id(p) for group in self.param_groups for p in group["params"]}
+        check_apart(model.get_submodule("module"), model.head.named())  # assigned since, maybe
         model.session.skips.zero_()
         shape, device = model.queries, model.session.device
         self.projected_gradient = torch.zeros(shape, dtype=torch.float64, device=device)

@@ -12,7 +12,7 @@ import elasticzo
 ROOT = Path(elasticzo.__file__).parent
 # A room imports what stands before it, or beside it between the same arrows.
 ROOMS = (
-    "settings buffers digest files cut points reductions > lines losses data models > head"
+    "settings buffers digest overlap files cut points reductions > lines losses data models > head"
     " > directions > samples feedback > estimator > session > module forward > ownership optim"
     " > trajectory memory checkpoint > wrapper int8 > capture > __init__"
 )

@@ -331,3 +331,31 @@ def test_check_names_the_first_module_that_mixes_rows() -> None:
     assert torch.equal(before, model.module.inner[0].weight)
     with pytest.raises(RuntimeError, match="check compares training forwards"):
         model.eval().check(x)
+
+
+def test_weights_over_one_memory_are_refused() -> None:
+    def over(first: Tensor, second: Tensor, name: str = "b.weight") -> Net:
+        net = Net()
+        net.a.weight = nn.Parameter(first)
+        owner, _, local = name.partition(".")
+        setattr(getattr(net, owner), local, nn.Parameter(second))
+        return net
+
+    base = torch.randn(40)
+    message = r"'a.weight' and '{}' lie over each other"
+    for name, second in (("b.weight", base[12:28].view(4, 4)), ("c.weight", base[3:15].view(3, 4))):
+        with pytest.raises(ValueError, match=message.format(name)):
+            ElasticZO(over(base[:16].view(4, 4), second, name), tail=["c"])
+    frozen = over(base[:16].view(4, 4), base[:16].view(4, 4))
+    frozen.b.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=message.format("b.weight")):
+        ElasticZO(frozen, tail=["c"])
+    columns = torch.randn(4, 8)  # their rows alternate, and none meet
+    ElasticZO(over(columns[:, :4], columns[:, 4:]), tail=["c"])
+    ElasticZO(over(base[:16].view(4, 4), base[16:32].view(4, 4)), tail=["c"])
+    model = ElasticZO(Net(), tail=["c"])
+    state = {**Net().state_dict(), "a.weight": base[:16].view(4, 4)}
+    state["b.weight"] = base[8:24].view(4, 4)
+    model.load_state_dict(state, assign=True)
+    with pytest.raises(ValueError, match=message.format("b.weight")):
+        ZOSGD(model, lr=0.1)
