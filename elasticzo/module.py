@@ -23,6 +23,32 @@ from elasticzo.session import Session
 from zo_kernels import resolve_backend
 
 
+def place_of(model: nn.Module) -> torch.device:
+    """Where a model runs: where its weights are, the CPU for those without values ("meta")."""
+    place = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return torch.device("cpu") if place.type == "meta" else place
+
+
+class Ties:
+    """Parameters that several modules have: they stay one where torch makes one for each."""
+
+    def __init__(self, model: nn.Module) -> None:
+        places: dict[int, list[tuple[nn.Module, str, nn.Parameter]]] = {}
+        for module in model.modules():
+            for name, p in module._parameters.items():
+                if p is not None:
+                    places.setdefault(id(p), []).append((module, name, p))
+        self.places = [slots for slots in places.values() if len(slots) > 1]
+
+    def restore(self) -> None:
+        """The last one that came in place of a shared parameter is in all of its places."""
+        for slots in self.places:
+            now = [module._parameters[name] for module, name, _ in slots]
+            new = [p for p, (*_, before) in zip(now, slots, strict=True) if p is not before]
+            for module, name, _ in slots if new else ():
+                module._parameters[name] = new[-1]
+
+
 class ZOModule(nn.Module, ABC):
     """A network whose head is trained by zeroth-order optimisation.
 
@@ -149,11 +175,19 @@ class ZOModule(nn.Module, ABC):
         for the old one is settled anew."""
         self.session.to(device)
 
+    def follow(self) -> None:
+        """Be where the weights are: others were assigned, maybe elsewhere."""
+        if (place := place_of(self)) != self.session.device:
+            self.moved(place)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.flush()
+        ties = Ties(self)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        ties.restore()
         # `fn` may change a floating dtype: only the device is taken from it.
-        self.moved(fn(self.session.key).device)
+        device = fn(self.session.key).device
+        self.moved(self.session.device if device.type == "meta" else device)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -179,6 +213,17 @@ class ModelInstead(dict[str, nn.Module | None]):
         return model._modules.items()
 
 
+def registry_of(wrapper: nn.Module, name: str) -> dict[str, Any] | None:
+    """Where a wrapper's model has a child, parameter or buffer of this name, which the wrapper
+    itself has not."""
+    own = wrapper.__dict__.get("_modules", {})
+    model = own.get("module")
+    if model is None or name in own:
+        return None
+    places = (model._modules, model._parameters, model._buffers)
+    return next((place for place in places if name in place), None)
+
+
 def load_inside(
     wrapper: nn.Module, state: Any, prefix: str, metadata: Any, strict: bool, *lists: Any
 ) -> None:
@@ -188,6 +233,7 @@ def load_inside(
     """
     nn.Module._load_from_state_dict(wrapper, state, prefix, metadata, False, *lists)
     model = wrapper.get_submodule("module")
+    wrapper.__dict__["ties"] = Ties(model)  # until `loaded`
     model._load_from_state_dict(state, prefix, metadata, strict, *lists)
     wrapper._modules = ModelInstead(wrapper)
 
@@ -197,3 +243,8 @@ def loaded(wrapper: nn.Module, incompatible_keys: Any) -> None:
     model = wrapper.get_submodule("module")
     for hook in model._load_state_dict_post_hooks.values():
         hook(model, incompatible_keys)
+    ties: Ties | None = wrapper.__dict__.pop("ties", None)
+    if ties is not None:
+        ties.restore()
+    if isinstance(wrapper, ZOModule):
+        wrapper.follow()

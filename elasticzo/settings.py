@@ -145,12 +145,37 @@ def refuse_scripted(model: nn.Module) -> None:
             )
 
 
-class NotForDDP:
-    """What DistributedDataParallel iterates over when it is built; others may look at it."""
+class Unread(tuple[str, ...]):
+    """An attribute that anyone may look at; who takes names from it is DistributedDataParallel."""
 
     def __iter__(self) -> Iterator[str]:
         refuse_wrapped("DistributedDataParallel")
         return iter(())
+
+
+def refuse_transforms() -> None:
+    """Raise where a training forward is not to run, but to be transformed or recorded."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            "a training forward cannot run inside transforms of torch.func (grad, vmap, jvp, ...): "
+            "use model.backward(losses) for the tail, or transform model.eval() or model.module"
+        )
+    recorded = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    if recorded or torch._C._get_tracing_state() is not None or torch.compiler.is_exporting():
+        raise RuntimeError(
+            "a training forward cannot be traced or exported: the record would repeat the "
+            "directions of one step; trace model.eval() or model.module"
+        )
+
+
+def refuse_meta(module: nn.Module) -> None:
+    """Raise for a model whose weights are not there yet."""
+    for name, p in module.named_parameters():
+        if p.is_meta:
+            raise RuntimeError(
+                f"parameter {name!r} is on 'meta' and has no values: before training call "
+                "model.to_empty(device=...) and load a state, or load it with assign=True"
+            )
 
 
 def refuse_sharded(name: str, p: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,14 +21,14 @@ from elasticzo.forward.trees import check_leaves, strip
 from elasticzo.head import Kind
 from elasticzo.losses import all_finite, check_losses, select_source
 from elasticzo.memory.budget import Candidate, fit_tail
-from elasticzo.module import ZOModule, load_inside, loaded
+from elasticzo.module import Ties, ZOModule, load_inside, loaded, place_of, registry_of
 from elasticzo.optim.replay import replayer
 from elasticzo.optim.tail import tail_optimizer
 from elasticzo.overlap import check_apart
 from elasticzo.ownership import check_free, check_held, freeze, unwrap
 from elasticzo.points import CLEAN
 from elasticzo.session import Session
-from elasticzo.settings import NotForDDP, check_budget, check_noise, check_settings
+from elasticzo.settings import Unread, check_budget, check_noise, check_settings
 
 
 class ElasticZO(ZOModule):
@@ -125,8 +125,7 @@ class ElasticZO(ZOModule):
         warn_of_empty_head(self.cut.head_parameters, self.cut)
         self.head = head_of(model, self.cut, scale)
         check_apart(model, self.head.named())
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self.session = Session(seed, eps, device)
+        self.session = Session(seed, eps, place_of(model))
         learnt = None if self.cut.everything else learnt
         self.session.learns = learnt is not None
         of = (model, self.cut, self.head, self.session, self.estimator.direction, samples, learnt)
@@ -289,6 +288,19 @@ class ElasticZO(ZOModule):
 
     # ---- nn.Module
 
+    def __getattr__(self, name: str) -> Any:
+        """What the model has under this name, too: functional_call and checkpoints of
+        torch.distributed walk by the keys of `state_dict`, which are the model's."""
+        place = registry_of(self, name)
+        return place[name] if place is not None else super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        place = registry_of(self, name) if isinstance(value, Tensor) else None
+        if place is None or hasattr(type(self), name):
+            super().__setattr__(name, value)
+        else:  # what functional_call puts in place of a tensor of the model's root
+            place[name] = value
+
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The state of the wrapped model, under its own keys."""
         self.flush()
@@ -299,7 +311,11 @@ class ElasticZO(ZOModule):
     ) -> Any:
         self.flush()
         self.forget_forwards()
-        return self.module.load_state_dict(state_dict, strict=strict, assign=assign)
+        ties = Ties(self.module)
+        found = self.module.load_state_dict(state_dict, strict=strict, assign=assign)
+        ties.restore()
+        self.follow()
+        return found
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self.flush()
@@ -326,4 +342,6 @@ class ElasticZO(ZOModule):
     def replayer(self, header: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], None]:
         return replayer(self, header)
 
-    _ddp_params_and_buffers_to_ignore = NotForDDP()
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> Sequence[str]:
+        return Unread()

@@ -46,6 +46,7 @@ from elasticzo.forward.takeover import Locks, OtherPath
 from elasticzo.forward.watch import Watch
 from elasticzo.head import Kind
 from elasticzo.points import Points
+from elasticzo.settings import refuse_meta, refuse_transforms
 
 STATE = (
     "the model keeps state in {}, which its next forward reads; its halves run one after the other "
@@ -140,14 +141,17 @@ class Engine(Evaluator):
 
     def run(self, points: Points, args: Any, kwargs: Any) -> Any:
         """The outputs at the points, `[points, B, ...]`: a training forward of the session."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             self.compiled = True
+        else:
+            refuse_transforms()
         if self.settled():
             return self._run(points, args, kwargs)
         return self._first_run(points, args, kwargs)
 
     def settle_on(self, points: Points, args: Any, kwargs: Any) -> None:
         """What the first forward settles, of these inputs; all that it moves is put back."""
+        refuse_transforms()
         session = self.session
         start = self.start()
         try:
@@ -218,6 +222,7 @@ class Engine(Evaluator):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _first_run(self, points: Points, args: Any, kwargs: Any) -> Any:
         """A training forward under observation; its output, once the plan has settled."""
+        refuse_meta(self.module)
         session = self.session
         session.flush()
         start, undo = self.start(), self.plan.saved(self.head)

@@ -49,7 +49,7 @@ from elasticzo.head import Head
 from elasticzo.points import CLEAN, Points
 from elasticzo.samples import Samples
 from elasticzo.session import Session
-from elasticzo.settings import refuse_sharded
+from elasticzo.settings import refuse_sharded, refuse_transforms
 from zo_kernels import resolve_backend
 
 
@@ -186,6 +186,7 @@ class Evaluator:
     def clean(self, args: Any, kwargs: Any) -> Any:
         """The outputs at `w` alone, `[1, B, ...]`; buffers stay: statistics move with the points,
         once a micro-batch."""
+        refuse_transforms()
         self.session.flush()
         buffers = BufferSnapshot(all_buffers(self.module))
         attributes = self._attributes()

@@ -16,8 +16,8 @@ REMEDIES = (
 def check_plain(name: str, module: nn.Module) -> None:
     """Raise where a module of a known type does not compute what that type does.
 
-    Raises: ValueError for weights that are computed or no parameters (pruning, weight_norm), hooks,
-        and methods that were replaced on the instance or its class.
+    Raises: ValueError for weights that are computed or no parameters (pruning, weight_norm) or have
+        no values, hooks, and methods that were replaced on the instance or its class.
     """
     called = f"{name or 'the model'!r} ({type(module).__name__})"
     for local in _lost(module):
@@ -25,6 +25,9 @@ def check_plain(name: str, module: nn.Module) -> None:
             f"the {local} of {called} must be a parameter, but it is computed or was replaced; "
             f"make it one first ({REMEDIES})"
         )
+    for local, t in (*module._parameters.items(), *module._buffers.items()):
+        if t is not None and t.is_meta:
+            raise ValueError(f"the {local} of {called} is on 'meta' and has no values to convert")
     for hooks in HOOKS:
         if getattr(module, hooks):
             kind = hooks.strip("_").replace("_", " ")

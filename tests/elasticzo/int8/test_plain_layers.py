@@ -132,3 +132,10 @@ def test_weights_over_one_memory() -> None:
     assert torch.equal(first.weight, second.weight)
     with pytest.raises(ValueError, match="'1' shares a weight with '0'"):
         ElasticZOInt8(nn.Sequential(first, second), tail=1)
+
+
+def test_weights_without_values() -> None:
+    with torch.device("meta"):
+        model = net()
+    with pytest.raises(ValueError, match=r"the weight of '0.0' \(Conv2d\) is on 'meta' and has no"):
+        ElasticZOInt8(model, tail=1)
