@@ -93,13 +93,6 @@ def test_a_model_whose_own_states_have_versions() -> None:
     assert list(source.state_dict()) == ["0.weight", "0.bias"] and equal(source, target)
 
 
-def test_a_wrapper_in_a_wrapper() -> None:
-    source, target = (Outer(lambda m: ElasticZO(ElasticZO(m, tail=1), tail=1)) for _ in range(2))
-    target.load_state_dict(source.state_dict())
-    assert list(source.state_dict())[:9] == [f"inner.{name}" for name in NAMES]
-    assert equal(source, target)
-
-
 def test_names_are_as_before_and_copies_load_too() -> None:
     model = Outer()
     model.load_state_dict(model.state_dict())
