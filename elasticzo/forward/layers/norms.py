@@ -119,7 +119,7 @@ def batch_norm(current: Pass, layer: Layer, x: Tensor) -> Tensor:
     moves = m.training and m.track_running_stats and m.running_mean is not None
     if own_statistics:
         F._verify_batch_size([x.shape[0] // n, *x.shape[1:]])  # type: ignore[attr-defined]
-    if moves:
+    if moves and m.num_batches_tracked is not None:
         m.num_batches_tracked.add_(1)
     if _has_kernel(current, x, staged):
         return _kernel_batch_norm(current, layer, x, staged, own_statistics, moves)
@@ -172,6 +172,8 @@ def _kernel_batch_norm(
 def _move(m: Any, mean: Tensor, var: Tensor) -> None:
     """Running statistics towards the average over the halves, without reading the count."""
     momentum: Any = m.momentum
+    if momentum is None and m.num_batches_tracked is None:
+        return  # as torch has it: nothing to average by
     if momentum is None:  # the cumulative average
         momentum = m.num_batches_tracked.to(m.running_mean.dtype).reciprocal()
     m.running_mean.lerp_(mean.to(m.running_mean.dtype), momentum)

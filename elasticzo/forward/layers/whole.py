@@ -17,6 +17,17 @@ from elasticzo.forward.trees import first_tensor, join, same_plain, split_half
 
 # Modules that read parameters of their children directly: the whole subtree is swapped.
 CLOSED = (nn.MultiheadAttention, nn.RNNBase)
+# What their arguments and results are is known, unless a subclass has a forward of its own.
+FORWARDS = (
+    nn.MultiheadAttention.forward,
+    nn.RNN.forward,
+    nn.LSTM.forward,
+    nn.GRU.forward,
+)
+
+
+def _known(layer: Layer, kind: type[nn.Module] | tuple[type[nn.Module], ...]) -> bool:
+    return isinstance(layer.module, kind) and type(layer.module).forward in FORWARDS
 
 
 @contextmanager
@@ -86,7 +97,7 @@ def run_whole(
 
 def _take_states(layer: Layer, args: Any, kwargs: Any) -> Any:
     """Initial states of a recurrent module: their batch is dimension 1."""
-    if not isinstance(layer.module, nn.RNNBase):
+    if not _known(layer, nn.RNNBase):
         return None
     return args[1] if len(args) > 1 else kwargs.get("hx")
 
@@ -95,9 +106,14 @@ def _check_roles(current: Pass, layer: Layer, args: Any, kwargs: Any, shared: se
     """A tensor as long as the stacked batch may be a table of just that length. What attention and
     recurrent modules take is known, and so are the model's own inputs; of anything else but the
     first argument nothing is guessed: the module around decides."""
-    if isinstance(layer.module, CLOSED):
+    if _known(layer, CLOSED):
         return
     leaves = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim()]
+    if isinstance(layer.module, CLOSED):  # a forward of its own: any of them may be the states
+        given = {id(x) for x in leaves}
+        if len(given) > 1 and given - shared - current.batched.keys():
+            raise NotByHalf(layer)
+        return
     for x in leaves[1:]:
         same_length = x.shape[0] == leaves[0].shape[0]
         if same_length and x is not leaves[0] and id(x) not in shared | current.batched.keys():
@@ -118,7 +134,7 @@ def _flat_masks(layer: Layer, args: Any, kwargs: Any) -> tuple[Any, Any]:
 def _map_mask(
     layer: Layer, args: Any, kwargs: Any, dim: int, change: Callable[[Any, Tensor], Tensor]
 ) -> tuple[Any, Any]:
-    if not isinstance(layer.module, nn.MultiheadAttention):
+    if not _known(layer, nn.MultiheadAttention):
         return args, kwargs
     if len(args) > 5 and isinstance(args[5], Tensor) and args[5].dim() == dim:
         return (*args[:5], change(layer.module, args[5]), *args[6:]), kwargs
@@ -130,7 +146,7 @@ def _map_mask(
 
 def _square_masks(layer: Layer, args: Any, kwargs: Any) -> set[int]:
     """An attention mask `[L, S]` has no batch, even where L happens to equal it."""
-    if not isinstance(layer.module, nn.MultiheadAttention):
+    if not _known(layer, nn.MultiheadAttention):
         return set()
     mask = args[5] if len(args) > 5 else kwargs.get("attn_mask")
     return {id(mask)} if isinstance(mask, Tensor) and mask.dim() == 2 else set()
@@ -139,7 +155,7 @@ def _square_masks(layer: Layer, args: Any, kwargs: Any) -> set[int]:
 def _join_outputs(layer: Layer, outputs: list[Any], inputs: Any, n: int) -> Any:
     leaves = [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.dim() > 0]
     batch = leaves[0].shape[0] // n
-    if isinstance(layer.module, nn.RNNBase):
+    if _known(layer, nn.RNNBase):
         results, states = zip(*outputs, strict=True)
         return torch.cat(results), join(states, lambda parts: torch.cat(list(parts), 1))
 
