@@ -125,6 +125,8 @@ class HeadOptimizer(Step, torch.optim.Optimizer):  # type: ignore[misc]  # of `s
 
     def _update(self, a: Tensor, found: Tensor) -> None:
         model, targets = self.model, self._targets()
+        if not targets:  # an empty head, or scale 0 everywhere
+            return
         rates, decays = self.rates()
         settings = self.settings(targets, found)
         mean = a if a.dim() == 1 else a.mean(1)

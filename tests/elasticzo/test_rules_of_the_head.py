@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from elasticzo import ElasticZO, TrajectoryLog, ZOAdam, capture_step, pair_losses, replay
 from elasticzo.checkpoint import load_checkpoint, save_checkpoint
@@ -197,3 +197,19 @@ def test_a_damaged_state_is_refused_and_nothing_loaded(rule: str) -> None:
         with pytest.raises(ValueError, match=r"must have the entries"):
             zo.load_state_dict(damaged)
     assert torch.equal(before, zo.state[net.head_parameters().__next__()][name])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("defer", [False, True])
+@pytest.mark.parametrize("rule", OPTIMIZERS)
+@pytest.mark.parametrize("scale", [{"*": 0.0}, None], ids=["scale 0", "frozen"])
+def test_a_head_that_nothing_moves(rule: str, defer: bool, scale: dict[str, float] | None) -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    net[0].requires_grad_(scale is not None)
+    model = ElasticZO(net, tail=1, scale=scale).train()
+    before = copy.deepcopy(model.state_dict())
+    zo = OPTIMIZERS[rule](model, lr=0.1, defer=defer)
+    for _ in range(2):
+        zo.step(pair_losses(smooth_loss, model(torch.ones(5, 3))))
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert model.step_index == 2
