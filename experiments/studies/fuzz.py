@@ -1,6 +1,6 @@
 """Random networks in random settings, each held to what must hold of all of them.
 
-python -m experiments.studies.fuzz                      # 5,000 networks, minutes to half an hour
+python -m experiments.studies.fuzz                      # 5,000 networks, ten minutes on one core
 python -m experiments.studies.fuzz --seed 41 --count 1  # one again
 
 Nothing is written. The exit status is 1 where an invariant does not hold.

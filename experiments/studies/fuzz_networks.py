@@ -220,7 +220,7 @@ def sequence(draw: Draw, batch: int) -> tuple[Tensor, list[nn.Module], int]:
 
 
 def images(draw: Draw, batch: int) -> tuple[Tensor, list[nn.Module], int]:
-    width, size = 4, draw.one(4, 5)
+    width, size = 4, draw.one(6, 7)
 
     def conv() -> nn.Module:
         kernel = draw.one(1, 3)
