@@ -180,7 +180,7 @@ def op(
             check(*args, **kwargs)
             if len(args) < count:
                 args = arguments.placed(args, kwargs)
-            if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+            if torch.compiler.is_compiling() or looked_on():
                 given = arguments.by_name(args, kwargs)
                 two = {k: [given[k]] * 2 for k in pairs if isinstance(given[k], int)}
                 result = handle(**(given | two))
@@ -195,6 +195,12 @@ def op(
         return call
 
     return declare
+
+
+def looked_on() -> bool:
+    """Whether a dispatch mode wants to see every op. One with `passive = True` does not."""
+    modes = range(torch._C._len_torch_dispatch_stack())
+    return any(not getattr(torch._C._get_dispatch_stack_at(i), "passive", False) for i in modes)
 
 
 def interpreted() -> bool:

@@ -196,7 +196,9 @@ class Start:
     def rewind(self) -> None:
         """The generator alone; where another thread may draw, only what this one drew."""
         draws = self._noticed()
-        if alone() or (draws is not None and draws.alone_moved()):
+        if draws is not None and draws.alone_moved():
+            draws.rewind(self.generator)
+        elif alone():
             set_generator_state(self.device, self.generator)
 
     @contextmanager

@@ -80,6 +80,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 def on_meta(net: nn.Module, **kwargs: Any) -> ElasticZO:
     """Wrapped, and as after its first forward (which may look at values)."""
     model = ElasticZO(net.to(META), backend="triton", **kwargs).train()
+    model.moved(META)  # its seed, too, which otherwise waits on the CPU for weights with values
     model.engine.settle(all_buffers(model.module))
     return model
 

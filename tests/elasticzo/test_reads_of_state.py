@@ -185,7 +185,7 @@ def test_a_weight_whose_elements_share_memory_is_refused() -> None:
             ElasticZO(net, tail=1)
     for w in (torch.randn(D, D).t(), torch.randn(D, 2 * D)[:, ::2], torch.randn(1, D)[:, :D]):
         net[0].weight = nn.Parameter(w)
-        ElasticZO(net, tail=1)
+        ElasticZO(net, tail=1).unwrap()
 
 
 class Writes(nn.Module):

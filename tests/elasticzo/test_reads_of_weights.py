@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elasticzo import ZOSGD, ElasticZO, pair_losses
+from elasticzo import ZOSGD, ElasticZO, pair_losses, unwrap
 from tests.elasticzo._halves import PAIRINGS, B, D, SelfAttention, check, explicit
 
 # ---- weights beside their layer
@@ -116,7 +116,7 @@ def test_a_forward_patched_after_wrapping_is_refused(kind: str) -> None:
         if not early:
             model(x)
         else:
-            model = ElasticZO(net, tail=0).train()
+            model = ElasticZO(unwrap(net), tail=0).train()
         model.module[1].forward = MethodType(ten, model.module[1])
         with pytest.raises(RuntimeError, match="forward of '1' is another one than when the model"):
             model(x)

@@ -47,7 +47,9 @@ def test_it_is_saved_copied_and_moved(wrapped: tuple[ElasticZO, ZOSGD, Session])
     session.seen_losses.fill_(0)  # type: ignore[attr-defined]
     zo.load_state_dict(state)
     assert int(session.seen_losses) == 7  # type: ignore[attr-defined]
-    model.to("meta")
+    model.to("meta")  # weights without values: the seed waits on the CPU for others
+    assert {t.device.type for t in session.tensors()} == {"cpu"}
+    model.moved(torch.device("meta"))
     assert {t.device.type for t in session.tensors()} == {"meta"}
 
 

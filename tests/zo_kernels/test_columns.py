@@ -24,7 +24,7 @@ SHARED = {
     "triton": {"integer", "norms", "philox", "plan", "rules", "shim", "table", "tile"},
     "reference": {"integer", "rules"},
     "cpu": {
-        *("kernels", "memory", "rules", "sweeps"),
+        *("compiled", "kernels", "memory", "rules", "sweeps"),
         *("int8_correlate", "int8_dot", "int8_kernels", "int8_pack", "int8_products"),
         "int8_unpool",
     },

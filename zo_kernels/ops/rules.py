@@ -12,6 +12,7 @@ from zo_kernels.registry import (
     check_in_place,
     check_tensor,
     implementation,
+    looked_on,
     resolve_backend,
 )
 from zo_kernels.rules import check_rule
@@ -52,7 +53,7 @@ def apply_rule_(
     args = (w, u_noise, lr, weight_decay, skip, rule, state, settings)
     tensors = (w, u_noise, *state)
     fits = all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
-    watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    watched = torch.compiler.is_compiling() or looked_on()
     compiled = resolve_backend(backend, w.device) == "numba" and fits and not watched
     run = implementation("rules", "apply_rule_", "numba" if compiled else "reference")
     if compiled:
