@@ -84,7 +84,7 @@ def test_ops_whose_shape_functions_mislead(made: type[nn.Module], pairing: str, 
     found = training_memory(wrapped(), x, loss=smooth_loss, state_tensors=0).peak.bytes
     steps()
     held = max(accumulate(allocations(steps)))
-    states = 6 * torch.get_rng_state().numel()
+    states = 7 * torch.get_rng_state().numel()
     assert abs(found - held) <= 0.02 * held + states, (found, held)
 
 
