@@ -63,6 +63,8 @@ def _poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that zo_kernels allocates begins as NaN: an element nobody writes shows."""
+    # What a default device concerns, torch looks up once, by what it finds then.
+    torch.utils._device._device_constructors()
     for owner, names in (
         (torch, ("empty", "empty_like", "empty_strided")),
         (torch.Tensor, ("new_empty", "new_empty_strided")),
