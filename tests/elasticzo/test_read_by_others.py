@@ -163,6 +163,7 @@ def test_gradients_of_the_evaluated_model() -> None:
 
 
 def on_meta(make: Callable[[], nn.Module], **settings: Any) -> ElasticZO:
+    torch.utils._device._device_constructors.cache_clear()  # filled while another test patched
     with torch.device("meta"):
         return wrapped(make, **settings)
 

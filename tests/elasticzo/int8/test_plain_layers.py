@@ -135,6 +135,7 @@ def test_weights_over_one_memory() -> None:
 
 
 def test_weights_without_values() -> None:
+    torch.utils._device._device_constructors.cache_clear()  # filled while another test patched
     with torch.device("meta"):
         model = net()
     with pytest.raises(ValueError, match=r"the weight of '0.0' \(Conv2d\) is on 'meta' and has no"):
