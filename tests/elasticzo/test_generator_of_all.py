@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elasticzo import ZOSGD, ElasticZO, capture_step, pair_losses
+from elasticzo import ZOSGD, ElasticZO, ZOAdam, capture_step, pair_losses
 from elasticzo.feedback import Feedback
 
 
@@ -204,3 +204,20 @@ def test_check_and_settle_leave_a_thread_its_numbers() -> None:
         model.check(X)
         model(X)
     assert len({tuple(d.tolist()) for d in draws}) == len(draws) > 3
+
+
+def test_learnt_feedback_has_the_bits_that_it_has_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To look at draws is not to look at kernels, which run as ever."""
+    found = []
+    for alone in (True, False):
+        monkeypatch.setattr("elasticzo.forward.evaluator.alone", lambda alone=alone: alone)
+        torch.manual_seed(0)
+        wide = nn.Sequential(nn.Linear(6, 300), nn.Tanh(), nn.Linear(300, 200), nn.Linear(200, 3))
+        model = ElasticZO(wide, tail=1, directions=Feedback()).train()
+        zo = ZOAdam(model, lr=1e-2)
+        for _ in range(3):
+            losses = pair_losses(F.cross_entropy, model(X), Y)
+            model.backward(losses)
+            zo.step(losses)
+        found.append([p.clone() for p in model.head_parameters()])
+    assert all(map(torch.equal, *found))
